@@ -1,0 +1,103 @@
+"""The arena: every parameter of a model in one buffer, each slice on a boundary of 64 elements, padding always zero."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends.base import Backend, Buffer
+from gpubackprop.tensor import Tensor
+
+__all__ = ["ALIGNMENT", "Arena", "Parameter"]
+
+ALIGNMENT = 64  # elements: whole cache lines, and whole vectors of every kernel
+
+
+class Parameter(Tensor):
+    """A tensor that a layer declares: its shape and how it is drawn; the model's arena gives it its data.
+
+    With trainable=False it is state that training does not step (running statistics, a scaler).
+    """
+
+    __slots__ = ("_shape", "init", "settled", "trainable", "value")
+
+    def __init__(self, shape: tuple[int, ...], init: Any = "zeros", *, trainable: bool = True) -> None:
+        if any(not isinstance(n, int | np.integer) or n < 1 for n in shape):
+            raise ValueError(f"parameter: shape {shape} is not one of positive integers")
+        super().__init__(None, None, requires_grad=trainable)  # type: ignore[arg-type]
+        self._shape = tuple(int(n) for n in shape)
+        self.init = init
+        self.trainable = trainable
+        self.value: npt.NDArray[Any] | None = None  # kept here while there is no arena
+        self.settled = False  # whether its value was asked for, by a seed, a state or training
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The declared shape."""
+        return self._shape
+
+    def host_value(self) -> npt.NDArray[Any] | None:
+        """A copy of the value on the host, if there is one yet."""
+        return self.value if self.data is None else self.backend.to_numpy(self.data)
+
+    def __reduce__(self) -> Any:
+        state = {"requires_grad": self.requires_grad, "settled": self.settled, "value": self.host_value()}
+        return _restored, (self._shape, self.init, self.trainable, state)
+
+
+def _restored(shape: tuple[int, ...], init: Any, trainable: bool, state: dict[str, Any]) -> Parameter:
+    parameter = Parameter(shape, init, trainable=trainable)
+    for key, value in state.items():
+        setattr(parameter, key, value)
+    return parameter
+
+
+class Arena:
+    """Slices of one (members, P) buffer, bound to the parameters as their data.
+
+    Matrices come first, then the vectors, so that what is said of weights only (decay) is said of one range. The
+    gradients are a second buffer with the same offsets, made when first asked for.
+    """
+
+    def __init__(self, parameters: Mapping[str, Parameter], backend: Backend, dtype: npt.DTypeLike) -> None:
+        self.backend = backend
+        self.dtype = np.dtype(dtype)
+        self.parameters = dict(sorted(parameters.items(), key=lambda item: len(item[1].shape) < 2))
+        self.offsets: dict[str, int] = {}
+        self.matrices = end = 0  # the end of the matrices' range
+        for key, p in self.parameters.items():
+            self.offsets[key] = end
+            end += -(-math.prod(p.shape) // ALIGNMENT) * ALIGNMENT
+            if len(p.shape) >= 2:
+                self.matrices = end
+        self.size = end
+        self.weights = self.zeros()
+        self._gradients: Buffer | None = None
+        for key, p in self.parameters.items():
+            value = p.host_value()
+            p.data, p.backend = self.slice(self.weights, key), backend
+            if value is not None:
+                p.data[...] = backend.asarray(value, self.dtype)
+            p.value = p.grad_buffer = None
+
+    def zeros(self) -> Buffer:
+        """A zeroed buffer with the arena's layout."""
+        buffer = self.backend.empty((1, self.size), self.dtype)
+        buffer[...] = 0
+        return buffer
+
+    def slice(self, buffer: Buffer, key: str) -> Buffer:
+        """The parameter's place in a buffer with the arena's layout."""
+        shape, start = self.parameters[key].shape, self.offsets[key]
+        return buffer[0, start : start + math.prod(shape)].reshape(shape)
+
+    @property
+    def gradients(self) -> Buffer:
+        """∂L/∂weights, at the same offsets."""
+        if self._gradients is None:
+            self._gradients = self.zeros()
+            for key, p in self.parameters.items():
+                p.grad_buffer = self.slice(self._gradients, key)
+        return self._gradients

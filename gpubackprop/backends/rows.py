@@ -1,0 +1,115 @@
+"""Row-wise kernels of the reference: softmax with cross-entropy, normalisation, dropout, as lists of NumPy calls."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends.chunked import INTEGERS
+from gpubackprop.backends.philox import Draws
+
+__all__ = ["adding", "column_sum", "dropout", "normalize", "normalize_backward", "softmax_cross_entropy"]
+
+Array = npt.NDArray[Any]
+Call = Callable[[], object]
+
+
+def adding(call: Callable[[Array], object], out: Array, accumulate: bool) -> list[Call]:
+    """`call(out)`, or the calls that add its result to `out`."""
+    if not accumulate:
+        return [partial(call, out)]
+    fresh = np.empty_like(out)
+    return [partial(call, fresh), partial(np.add, out, fresh, out)]
+
+
+def column_sum(x: Array, out: Array, accumulate: bool) -> list[Call]:
+    """out (…, n) = Σ_rows x (…, rows, n), as ones @ x: faster than row by row, and closer (several partial sums)."""
+    product = np.dot if x.ndim == 2 else np.matmul
+    return adding(partial(product, np.ones(x.shape[-2], x.dtype), x), out, accumulate)
+
+
+def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array) -> list[Call]:
+    """total = Σ_rows −Σ_k t·log softmax(x), residual = (Σt)·softmax(x) − t, rows shifted by their largest element."""
+    n, classes = x.shape
+    top, row = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
+    ones = np.ones((classes, 1), x.dtype)
+    shift: list[Call] = [partial(np.maximum.reduce, x, 1, None, top, True), partial(np.subtract, x, top, residual)]
+    softmax: list[Call] = [
+        partial(np.exp, residual, residual), partial(np.dot, residual, ones, row),
+        partial(np.divide, residual, row, residual), partial(np.log, row, row),  # row = log Σ exp(x − top)
+    ]  # fmt: skip
+    if target.ndim == 1:
+        start, flat, picked = np.arange(n) * classes, np.empty(n, np.intp), np.empty(n, x.dtype)
+        elements, one = residual.reshape(-1), np.ones((), x.dtype)
+        pick = partial(elements.take, flat, None, picked, "clip")  # the label's element of each row
+        return [
+            *shift, partial(np.add, start, target, flat), pick, *softmax,
+            partial(np.subtract, row.reshape(-1), picked, picked), partial(np.add.reduce, picked, None, None, total),
+            pick, partial(np.subtract, picked, one, picked), partial(elements.__setitem__, flat, picked),
+        ]  # fmt: skip
+    weight, dot, product = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype), np.empty_like(x)
+    return [
+        *shift, partial(np.multiply, target, residual, product), partial(np.dot, product, ones, dot),
+        partial(np.dot, target, ones, weight), *softmax, partial(np.multiply, row, weight, row),
+        partial(np.subtract, row, dot, row), partial(np.add.reduce, row, None, None, total),
+        partial(np.multiply, residual, weight, residual), partial(np.subtract, residual, target, residual),
+    ]  # fmt: skip
+
+
+def normalize(
+    x: Array, gain: Array, bias: Array, axis: int, eps: float, out: Array, xhat: Array, mean: Array, variance: Array,
+    rstd: Array,
+) -> list[Call]:  # fmt: skip
+    """xhat = (x − mean) / √(variance + eps) along the axis, out = gain · xhat + bias; the variance from centred x."""
+    keep = tuple(1 if i == axis else n for i, n in enumerate(x.shape))
+    centre, spread, scale = (a.reshape(keep) for a in (mean, variance, rstd))
+    share, small, one = (np.array(v, x.dtype) for v in (1 / x.shape[axis], eps, 1))
+    return [
+        partial(np.add.reduce, x, axis, None, centre, True), partial(np.multiply, centre, share, centre),
+        partial(np.subtract, x, centre, xhat), partial(np.multiply, xhat, xhat, out),
+        partial(np.add.reduce, out, axis, None, spread, True), partial(np.multiply, spread, share, spread),
+        partial(np.add, spread, small, scale), partial(np.sqrt, scale, scale), partial(np.divide, one, scale, scale),
+        partial(np.multiply, xhat, scale, xhat), partial(np.multiply, xhat, gain, out), partial(np.add, out, bias, out),
+    ]  # fmt: skip
+
+
+def normalize_backward(
+    dy: Array, xhat: Array, gain: Array, rstd: Array, axis: int, dx: Array | None, dgain: Array | None,
+    dbias: Array | None, accumulate: tuple[bool, bool, bool],
+) -> list[Call]:  # fmt: skip
+    """dx = rstd · (d − mean(d) − xhat · mean(d · xhat)) with d = gain · dy; dgain = Σ dy · xhat; dbias = Σ dy."""
+    keep = tuple(1 if i == axis else n for i, n in enumerate(dy.shape))
+    work, part = np.empty_like(dy), np.empty(keep, dy.dtype)
+    calls: list[Call] = []
+    if dbias is not None:
+        calls += column_sum(dy, dbias, accumulate[2])
+    if dgain is not None:
+        calls += [partial(np.multiply, dy, xhat, work), *column_sum(work, dgain, accumulate[1])]
+    if dx is not None:
+        d, share = np.empty_like(dy), np.array(1 / dy.shape[axis], dy.dtype)
+        calls += [
+            partial(np.multiply, dy, gain, d), partial(np.multiply, d, xhat, work),
+            partial(np.add.reduce, work, axis, None, part, True), partial(np.multiply, part, share, part),
+            partial(np.multiply, xhat, part, work), partial(np.add.reduce, d, axis, None, part, True),
+            partial(np.multiply, part, share, part), partial(np.subtract, d, part, d), partial(np.subtract, d, work, d),
+            *adding(partial(np.multiply, d, rstd.reshape(keep)), dx, accumulate[0]),
+        ]  # fmt: skip
+    return calls
+
+
+def dropout(
+    x: Array, rate: float, seed: int, site: int, step: Callable[[], int], out: Array, accumulate: bool
+) -> list[Call]:
+    """out = x / (1 − rate) where Philox keeps the element, else 0 (selected on the bits, so that 0·inf cannot appear)."""
+    draws, integer = Draws(x.size, x.dtype), INTEGERS[x.dtype.itemsize]
+    kept, scale = np.empty(x.shape, integer), np.array(1 / (1 - rate), x.dtype)
+    into = np.empty_like(out) if accumulate else out
+
+    def draw() -> None:
+        np.copyto(kept.reshape(-1), draws.bernoulli(1 - rate, seed, site, step()))
+
+    select = partial(np.multiply, into.view(integer), kept, into.view(integer))
+    calls: list[Call] = [draw, partial(np.multiply, x, scale, into), select]
+    return [*calls, partial(np.add, out, into, out)] if accumulate else calls

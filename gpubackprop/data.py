@@ -1,0 +1,246 @@
+"""Arrays at the door: what users bring becomes checked rows of numbers; `split` holds some of them out."""
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["as_features", "as_labels", "as_targets", "check_same_length", "split"]
+
+Array = NDArray[Any]
+
+
+# ---- the door ----------------------------------------------------------------------------------------------
+
+
+def as_features(x: Any, dtype: DTypeLike, columns: int | None = None, where: str = "fit", name: str = "x") -> Array:
+    """x as finite C-contiguous rows (n, columns) of `dtype`, without a copy where x is that already.
+
+    Lists, frames, Tensors, integers and bools will do. The result is never to be written to.
+    """
+    a = _numbers(x, where, name, f"encode text as numbers, or convert with {name}.astype(float)")
+    n = _rows(a, where, name)
+    width = int(np.prod(a.shape[1:]))
+    if a.ndim == 1:
+        remedy = f"{name}.reshape(-1, 1) for one column or {name}[None] for one row"
+        raise ValueError(f"{where}: {name} has shape ({n},), expected rows and columns; use {remedy}")
+    if a.ndim > 2:
+        remedy = f"{name}.reshape({n}, {width})"
+        raise ValueError(f"{where}: {name} has shape {a.shape}, expected rows and columns; use {remedy}")
+    if columns is not None and width != columns:
+        raise ValueError(f"{where}: {name} has {width} columns but the model expects {columns}")
+    if width == 0:
+        raise ValueError(f"{where}: {name} has 0 columns, expected at least 1; pass some features")
+    return _cast(a, dtype, where, name)
+
+
+def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDArray[np.int64]:
+    """Labels y (n,) as int64 in 0 … classes − 1; integers, bools and integral floats are labels."""
+    renumber = f"number the classes with np.unique({name}, return_inverse=True)"
+    a = _numbers(y, where, name, renumber)
+    n = _rows(a, where, name)
+    if a.ndim > 1:
+        remedy = f"{name}.ravel()" if a.size == n else f"{name}.argmax(axis=1) if the rows are one-hot"
+        raise ValueError(f"{where}: {name} has shape {a.shape}, expected ({n},), one label each; use {remedy}")
+    with np.errstate(invalid="ignore"):  # NaN and infinity become some integer, which then differs from them
+        labels = a.astype(np.int64)
+    bad = (labels != a) | (labels < 0) | (labels >= classes)
+    if not bad.any():
+        return labels
+    row = int(bad.argmax())
+    value, allowed = a[row].item(), f"0 to {classes - 1}"
+    if not np.isfinite(a[row]):
+        raise ValueError(f"{where}: {name} has {_kind(value)} at row {row}; remove or fill such rows")
+    if value % 1:
+        problem = f"is fractional, expected an integer {allowed}; {renumber}, or train with the loss 'mse'"
+    else:
+        problem = f"is out of range, expected {allowed}; {renumber}, or give the model more outputs"
+    raise ValueError(f"{where}: label {value} at row {row} {problem}")
+
+
+def as_targets(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y") -> Array:
+    """Targets or soft labels y as finite rows (n, outputs) of `dtype`; (n,) fits one output only."""
+    a = _numbers(y, where, name, f"convert with {name}.astype(float)")
+    n = _rows(a, where, name)
+    if a.shape[1:] != (outputs,) and (a.ndim, outputs) != (1, 1):
+        got = f"has {a.shape[1]} columns" if a.ndim == 2 else f"has shape {a.shape}"
+        expected = "1 output" if outputs == 1 else f"{outputs} outputs"
+        remedy = f"pass targets of shape ({n}, {outputs})"
+        raise ValueError(f"{where}: {name} {got} but the model has {expected}; {remedy}")
+    return _cast(a, dtype, where, name).reshape(n, outputs)
+
+
+def check_same_length(x: Any, y: Any, where: str = "fit") -> None:
+    """Raise unless x and y have a row each per sample."""
+    n, m = _rows(x, where, "x"), _rows(y, where, "y")
+    if n != m:
+        raise ValueError(f"{where}: x has {n} rows but y has {m}; pass one y per row of x")
+
+
+def _host(a: Any, where: str, name: str) -> Array:
+    """a as a NumPy array. Device arrays stop here; this is where they will pass once a backend takes them."""
+    if hasattr(a, "__cuda_array_interface__"):
+        remedy = f"copy it with {name}.get() or {name}.cpu()"
+        raise TypeError(f"{where}: {name} lies on a CUDA device, expected host data; {remedy}")
+    if isinstance(a, np.ndarray) and np.any(getattr(a, "mask", False)):  # np.asarray would unmask them
+        remedy = f"remove such rows or use {name}.filled()"
+        raise ValueError(f"{where}: {name} has masked values, expected none; {remedy}")
+    if callable(convert := getattr(a, "numpy", None)):  # a Tensor
+        a = convert()
+    if callable(convert := getattr(a, "to_numpy", None)):  # a frame, whose bools beside floats become objects
+        a = np.asarray(convert())
+        if a.dtype.kind == "O" and all(isinstance(value, Real | np.bool_) for value in a.flat):
+            a = a.astype(np.float64)
+    try:
+        return np.asarray(a)
+    except ValueError:
+        if not isinstance(a, Sequence):
+            raise
+        sizes = [len(row) if isinstance(row, Sequence | np.ndarray) else 1 for row in a]
+        row = next((i for i, size in enumerate(sizes) if size != sizes[0]), 0)
+        detail = f"{sizes[row]} values in row {row} but {sizes[0]} in row 0" if row else "nested unevenly"
+        raise ValueError(f"{where}: {name} is ragged: {detail}, expected equal lengths; pad or drop") from None
+
+
+def _numbers(a: Any, where: str, name: str, remedy: str) -> Array:
+    """The host array of a, which must hold real numbers or bools."""
+    array = _host(a, where, name)
+    if array.dtype.kind in "biuf" or array.dtype.name == "bfloat16":
+        return array
+    if array.dtype.kind == "O" and array.ndim == 0:
+        remedy = f"use {name}.toarray()" if hasattr(a, "toarray") else "pass an array, a frame or lists"
+        raise TypeError(f"{where}: {name} is of type {type(a).__name__}, expected numbers; {remedy}")
+    if array.dtype.kind == "c":
+        remedy = f"pass {name}.real and {name}.imag as columns of their own"
+    raise TypeError(f"{where}: {name} has dtype {array.dtype}, expected numbers; {remedy}")
+
+
+def _rows(a: Any, where: str, name: str) -> int:
+    """The number of rows, at least one, of any array, frame or list."""
+    shape = getattr(a, "shape", None)
+    if shape == () or (shape is None and not hasattr(a, "__len__")):
+        got = "a single value" if shape == () else f"of type {type(a).__name__}"
+        raise TypeError(f"{where}: {name} is {got}, expected rows; pass an array, a frame or lists")
+    n = int(shape[0]) if shape else len(a)
+    if n == 0:
+        raise ValueError(f"{where}: {name} has 0 rows, expected at least 1; pass some data")
+    return n
+
+
+def _cast(a: Array, dtype: DTypeLike, where: str, name: str) -> Array:
+    """a in `dtype`, C-contiguous and aligned, copied only if it is not; NaN and infinity raise."""
+    with np.errstate(all="ignore"):
+        out: Array = np.require(a, dtype, ["C", "A"])
+        if a.dtype.kind in "biu" or np.isfinite(out.sum()):  # one pass; finite values may overflow it, so look
+            return out
+    finite = np.isfinite(out)
+    if finite.all():
+        return out
+    place = tuple(int(i) for i in np.unravel_index(int(finite.argmin()), a.shape))
+    value, at = a[place], ", column ".join(str(i) for i in place)
+    if not np.isfinite(value):
+        raise ValueError(f"{where}: {name} has {_kind(value)} at row {at}; remove or fill such rows")
+    remedy = f"scale {name}" + (' or use dtype="float64"' if out.itemsize < 8 else "")
+    raise ValueError(f"{where}: {name} has {value:.3g} at row {at}, too large for {out.dtype}; {remedy}")
+
+
+def _kind(value: Any) -> str:
+    return "a NaN" if value != value else "an infinity"
+
+
+# ---- holding out -------------------------------------------------------------------------------------------
+
+
+def split(
+    x: Any, y: Any, *more: Any, test: float = 0.2, seed: int | None = 0, stratify: bool | None = None
+) -> tuple[Any, ...]:
+    """Shuffle the rows and hold some out: x, x_test, y, y_test and so on, each in its own array type.
+
+    `test` is a count of rows, or a fraction that is rounded to the nearest count; neither part is left empty.
+    Stratified parts hold the classes of y in proportion (largest remainder: the sizes are exact), and each
+    class at least once where there is room. That is the default if y (n,) holds integers, bools or text,
+    two rows or more of each class; `stratify=True` demands it, `stratify=False` draws from all rows alike.
+
+    >>> x, x_test, y, y_test = split([[0], [1], [2], [3], [4]], [0, 0, 1, 1, 1], test=2)
+    >>> x.shape, sorted(y_test.tolist())
+    ((3, 1), [0, 1])
+    """
+    arrays = (x, y, *more)
+    n = _rows(x, "split", "x")
+    for i, a in enumerate(arrays):
+        name = f"array {i + 1}" if i > 1 else "xy"[i]
+        if (rows := _rows(a, "split", name)) != n:
+            raise ValueError(f"split: x has {n} rows but {name} has {rows}; pass one row of each per sample")
+    if n == 1:
+        raise ValueError("split: x has 1 row, expected at least 2, one for each part; pass more data")
+    count = _test_rows(test, n)
+    codes = _strata(y, stratify)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(n)
+    held = np.arange(n) < count
+    if codes is not None:
+        codes = codes[order]
+        sizes = np.bincount(codes)
+        shares = np.empty_like(sizes)
+        ties = rng.permutation(len(sizes))  # else the same few classes would win every tie of remainders
+        shares[ties] = _shares(sizes[ties], count)
+        rank = np.empty_like(order)  # of each shuffled row within its class
+        rank[codes.argsort(kind="stable")] = np.arange(n) - np.repeat(sizes.cumsum() - sizes, sizes)
+        held = rank < shares[codes]
+    return tuple(part for a in arrays for part in (_take(a, order[~held]), _take(a, order[held])))
+
+
+def _test_rows(test: float, n: int) -> int:
+    """How many of n rows `test` asks for."""
+    if isinstance(test, int | np.integer) and not isinstance(test, bool) and 0 < test < n:
+        return int(test)
+    if isinstance(test, float | np.floating) and 0 < test < 1:
+        return min(max(round(float(test) * n), 1), n - 1)
+    expected = f"a fraction between 0 and 1 or a count from 1 to {n - 1} of the {n} rows"
+    raise ValueError(f"split: test is {test!r}, expected {expected}; try test=0.2")
+
+
+def _strata(y: Any, stratify: bool | None) -> NDArray[np.intp] | None:
+    """The class number of each row, or None for a plain split."""
+    if not isinstance(stratify, bool | None):
+        expected = "expected True, False or None; the classes are those of y"
+        raise TypeError(f"split: stratify is of type {type(stratify).__name__}, {expected}")
+    if stratify is False:
+        return None
+    a = _host(y, "split", "y")
+    if a.ndim == 1 and (a.dtype.kind in "biuSUT" or all(isinstance(label, str) for label in a)):
+        names, codes, sizes = np.unique(a, return_inverse=True, return_counts=True)
+        if sizes.min() > 1:
+            return codes
+        problem = f"class {names[sizes.argmin()]} has 1 row, expected at least 2; drop it"
+    else:
+        problem = f"y has shape {a.shape}, dtype {a.dtype}, expected (n,) integers, bools or text; pass labels"
+    if stratify:
+        raise ValueError(f"split: {problem} or use stratify=False")
+    return None
+
+
+def _shares(sizes: NDArray[np.intp], count: int) -> NDArray[np.intp]:
+    """`count` rows shared among classes in proportion to their sizes, by largest remainder.
+
+    Where either part has room for every class it gets one of each, even if that is more than its proportion.
+    """
+    rest = int(sizes.sum()) - count
+    quota = sizes * count / (count + rest)
+    low = np.full_like(sizes, count >= len(sizes))
+    high = sizes - (rest >= len(sizes))
+    shares = quota.astype(np.intp).clip(low, high)
+    for _ in range(count - int(shares.sum())):
+        shares[np.where(shares < high, quota - shares, -np.inf).argmax()] += 1
+    for _ in range(int(shares.sum()) - count):
+        shares[np.where(shares > low, quota - shares, np.inf).argmin()] -= 1
+    return shares
+
+
+def _take(a: Any, rows: NDArray[np.intp]) -> Any:
+    """Those rows of a in its own type; lists become arrays."""
+    if hasattr(a, "iloc"):
+        return a.iloc[rows]
+    return a[rows] if hasattr(a, "shape") else _host(a, "split", "a list")[rows]

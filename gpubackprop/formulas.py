@@ -1,0 +1,425 @@
+"""The elementwise mathematics, once: rows of text that every compiler renders from one tree.
+
+The language reads as Python and as C++: assignment lines with locals, declared constants, `+ - * /`, one comparison
+inside `where(c, a, b)`, and the functions of FUNCTIONS. `parse` turns text into an interned expression graph (equal
+subexpressions are the same object), and the code generators in `backends/` render that graph, never the text.
+"""
+
+import ast
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+__all__ = ["ACTIVATIONS", "BINARY", "LOSSES", "RULES", "UNARY", "Activation", "Expr", "parse", "register_activation"]
+
+
+# ---- the rows ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Activation:
+    """y = forward(x), dx = dy * derivative, the derivative written in y where the mathematics allows, else in x."""
+
+    name: str
+    forward: str
+    derivative: str
+    constants: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def needs(self) -> set[str]:
+        """What backward reads: a subset of {"x", "y"}; x is kept only if the derivative names it."""
+        return set(free_names(self.backward_graph())) - {"dy"}
+
+    def forward_graph(self, x: "Expr | None" = None) -> "Expr":
+        """The graph of y, with another expression (a bias added, say) in the place of x."""
+        return parse(self.forward, dict(self.constants), {} if x is None else {"x": x})[RESULT]
+
+    def backward_graph(self) -> "Expr":
+        """The graph of dx = dy * derivative."""
+        return chain(name("dy"), parse(self.derivative, dict(self.constants))[RESULT])
+
+
+def _rows(*rows: Any) -> dict[str, Any]:
+    return {row.name: row for row in rows}
+
+
+def row(name: str, forward: str, derivative: str, **constants: float) -> Activation:
+    """One row of a table of unary functions."""
+    return Activation(name, forward, derivative, tuple(constants.items()))
+
+
+#       name            forward, of x                                     derivative, of y (or of x)
+ACTIVATIONS: dict[str, Activation] = _rows(
+    row("identity",     "x",                                              "1"),
+    row("relu",         "maximum(x, 0)",                                  "where(y > 0, 1, 0)"),
+    row("leaky_relu",   "where(x > 0, x, slope * x)",                     "where(y > 0, 1, slope)", slope=0.01),
+    row("elu",          "where(x > 0, x, alpha * expm1(minimum(x, 0)))",  "where(y > 0, 1, y + alpha)", alpha=1.0),
+    row("selu",         "scale * where(x > 0, x, alpha * expm1(minimum(x, 0)))",
+                        "where(y > 0, scale, y + scale * alpha)",
+                        scale=1.0507009873554805, alpha=1.6732632423543772),
+    row("sigmoid",      "sigmoid(x)",                                     "y * (1 - y)"),
+    row("tanh",         "tanh(x)",                                        "1 - y * y"),
+    row("softplus",     "softplus(x)",                                    "-expm1(-y)"),
+    row("silu",         "x * sigmoid(x)",                                 "sigmoid(x) * (1 + x * (1 - sigmoid(x)))"),
+    row("gelu",         "0.5 * x * (1 + erf(x * 0.7071067811865476))",
+                        "0.5 * (1 + erf(x * 0.7071067811865476)) + x * (0.3989422804014327 * exp(-0.5 * x * x))"),
+    row("gelu_tanh",    "0.5 * x * (1 + tanh(k * (x + c * x * x * x)))",
+                        "t = tanh(k * (x + c * x * x * x))\n"
+                        "0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (k * (1 + 3 * c * x * x))",
+                        k=0.7978845608028654, c=0.044715),
+    row("mish",         "x * tanh(softplus(x))",
+                        "t = tanh(softplus(x))\nt + x * sigmoid(x) * (1 - t * t)"),
+    row("hard_sigmoid", "minimum(maximum(x / 6 + 0.5, 0), 1)",            "where(abs(y - 0.5) < 0.5, 1 / 6, 0)"),
+    row("hard_tanh",    "minimum(maximum(x, -1), 1)",                     "where(abs(y) < 1, 1, 0)"),
+)  # fmt: skip
+
+# Functions of one tensor that are not offered as a layer's activation.
+UNARY: dict[str, Activation] = _rows(
+    row("neg",          "-x",                                             "-1"),
+    row("exp",          "exp(x)",                                         "y"),
+    row("log",          "log(x)",                                         "1 / x"),
+    row("log1p",        "log1p(x)",                                       "1 / (1 + x)"),
+    row("expm1",        "expm1(x)",                                       "y + 1"),
+    row("sqrt",         "sqrt(x)",                                        "0.5 / y"),
+    row("sin",          "sin(x)",                                         "cos(x)"),
+    row("cos",          "cos(x)",                                         "-sin(x)"),
+    row("abs",          "abs(x)",                                         "where(x > 0, 1, where(x < 0, -1, 0))"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Binary:
+    """y = forward(a, b) with both gradients, written in a, b, y and dy."""
+
+    name: str
+    forward: str
+    da: str
+    db: str
+
+
+# At a tie of maximum or minimum neither side gets a gradient, so that maximum(x, 0) and relu(x) agree at 0.
+BINARY: dict[str, Binary] = _rows(
+    Binary("add",       "a + b",          "dy",                               "dy"),
+    Binary("subtract",  "a - b",          "dy",                               "-dy"),
+    Binary("multiply",  "a * b",          "dy * b",                           "dy * a"),
+    Binary("divide",    "a / b",          "dy / b",                           "-dy * y / b"),
+    Binary("power",     "pow(a, b)",      "where(b == 0, 0, dy * (b * pow(a, b - 1)))",
+                                          "where(a > 0, dy * (y * log(a)), 0)"),
+    Binary("maximum",   "maximum(a, b)",  "where(a > b, dy, 0)",              "where(b > a, dy, 0)"),
+    Binary("minimum",   "minimum(a, b)",  "where(a < b, dy, 0)",              "where(b < a, dy, 0)"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Elementwise loss of prediction x against target t, and its derivative in x."""
+
+    name: str
+    forward: str
+    derivative: str
+
+
+LOSSES: dict[str, Loss] = _rows(
+    Loss("mse",             "(x - t) * (x - t)",                                     "2 * (x - t)"),
+    Loss("half_mse",        "0.5 * ((x - t) * (x - t))",                             "x - t"),
+    Loss("bce_with_logits", "maximum(x, 0) - x * t + log1p(exp(-abs(x)))",           "sigmoid(x) - t"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An optimizer's update of the weights p by the gradient g, with its moments; `before` runs ahead of the gradient."""
+
+    name: str
+    state: tuple[str, ...]
+    update: str
+    before: str = ""
+
+
+ADAM = """
+m += (1 - beta1) * (g - m)
+v += (1 - beta2) * (g * g - v)
+p -= lr * sqrt(1 - beta2_t) / (1 - beta1_t) * m / (sqrt(v) + eps * sqrt(1 - beta2_t))
+"""  # the last line is lr * (m / (1 - beta1_t)) / (sqrt(v / (1 - beta2_t)) + eps), its scalars gathered
+
+# A name ending in _t is its constant to the power t, the number of the step counted from 1.
+RULES: dict[str, Rule] = _rows(
+    Rule("sgd",      (),          "p -= lr * g"),
+    Rule("momentum", ("z",),      "z = momentum * z + g\np -= lr * z"),
+    # g is taken at p - lr * momentum * z; stepping on from there, p -= lr * g is p_old - lr * (momentum * z + g).
+    Rule("nesterov", ("z",),      "z = momentum * z + g\np -= lr * g", before="p -= lr * momentum * z"),
+    Rule("adam",     ("m", "v"),  ADAM),
+    Rule("adamw",    ("m", "v"),  "p -= lr * weight_decay * p\n" + ADAM),
+)  # fmt: skip
+
+
+# ---- the language --------------------------------------------------------------------------------------------------
+
+RESULT = "result"  # the name of a text's last line when it is a bare expression
+
+COMPARISONS: dict[type[ast.cmpop], str] = {
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+}
+OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+FUNCTIONS = {"exp": 1, "log": 1, "log1p": 1, "expm1": 1, "sqrt": 1, "sin": 1, "cos": 1, "tanh": 1, "abs": 1,
+             "maximum": 2, "minimum": 2, "pow": 2, "where": 3}  # fmt: skip
+
+# Functions written in the language itself, of x.
+DERIVED = {
+    "sigmoid": "1 / (1 + exp(-x))",
+    "softplus": "maximum(x, 0) + log1p(exp(-abs(x)))",
+    "erf": "tanh(x)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Expr:
+    """A node of the interned graph: op is "name", "number", "neg", an operator, a comparison or a function."""
+
+    op: str
+    args: tuple["Expr", ...] = ()
+    value: str | float = 0.0
+
+
+@cache
+def _intern(op: str, args: tuple[Expr, ...], value: str | float, sign: float) -> Expr:
+    return Expr(op, args, value)
+
+
+def name(text: str) -> Expr:
+    """A free name: an array, a scalar or a local."""
+    return _intern("name", (), text, 0.0)
+
+
+def number(value: float) -> Expr:
+    """A literal, kept in float64 and rounded once to the arithmetic type."""
+    return _intern("number", (), float(value), math.copysign(1.0, value))
+
+
+def apply(op: str, *args: Expr) -> Expr:
+    """The node op(args), with operations on literals alone carried out in float64."""
+    if all(a.op == "number" for a in args) and op not in ("where", *COMPARISONS.values()):
+        return number(evaluate(Expr(op, args), {}))
+    return _intern(op, args, 0.0, 0.0)
+
+
+def chain(dy: Expr, derivative: Expr) -> Expr:
+    """dy * derivative, the product taken inside `where` and 0 and 1 folded, so that 0·inf cannot appear."""
+    if derivative.op == "where":
+        condition, a, b = derivative.args
+        return apply("where", condition, chain(dy, a), chain(dy, b))
+    if derivative.op == "number" and derivative.value in (0.0, 1.0, -1.0):
+        return {0.0: number(0), 1.0: dy, -1.0: apply("neg", dy)}[float(derivative.value)]
+    if derivative.op == "neg":
+        return apply("neg", chain(dy, derivative.args[0]))
+    return apply("*", dy, derivative)
+
+
+def parse(
+    text: str, constants: Mapping[str, float] | None = None, given: Mapping[str, Expr] | None = None
+) -> dict[str, Expr]:
+    """The graphs a text assigns, by name; a bare last expression is assigned to RESULT.
+
+    `constants` become literals and `given` replaces free names. A name read after its assignment means the new value.
+    """
+    scope = {k: number(v) for k, v in (constants or {}).items()} | dict(given or {})
+    out: dict[str, Expr] = {}
+    try:
+        lines = ast.parse(text.strip()).body
+    except SyntaxError as error:
+        raise ValueError(f"formula {text.strip()!r}: not an expression or assignment ({error.msg})") from None
+    if not lines:
+        raise ValueError("formula: the text is empty")
+    for line in lines:
+        target, value = _statement(line, scope, last=line is lines[-1])
+        scope[target] = out[target] = value
+    return out
+
+
+def _statement(line: ast.stmt, scope: Mapping[str, Expr], last: bool) -> tuple[str, Expr]:
+    match line:
+        case ast.Assign(targets=[ast.Name(id=target)], value=value):
+            return target, _expression(value, scope)
+        case ast.AugAssign(target=ast.Name(id=target), op=op, value=value) if type(op) in OPERATORS:
+            return target, apply(OPERATORS[type(op)], scope.get(target, name(target)), _expression(value, scope))
+        case ast.Expr(value=value) if last:
+            return RESULT, _expression(value, scope)
+    raise ValueError(f"formula line {ast.unparse(line)!r}: expected `name = …`, `name += …` or a last expression")
+
+
+def _expression(node: ast.expr, scope: Mapping[str, Expr]) -> Expr:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return number(value)
+        case ast.Name(id=text):
+            return scope.get(text, name(text))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return apply("neg", _expression(operand, scope))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            return apply(OPERATORS[type(op)], _expression(left, scope), _expression(right, scope))
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
+            return apply(COMPARISONS[type(op)], _expression(left, scope), _expression(right, scope))
+        case ast.Call(func=ast.Name(id=function), args=args, keywords=[]):
+            return _call(function, [_expression(a, scope) for a in args], ast.unparse(node))
+    raise ValueError(f"formula {ast.unparse(node)!r}: only + - * /, one comparison, numbers, names and calls are known")
+
+
+def _call(function: str, args: list[Expr], text: str) -> Expr:
+    if function == "polynomial" and len(args) > 1:  # polynomial(x, c0, c1, …), by Horner's rule
+        x, *coefficients = args
+        total = coefficients.pop()
+        while coefficients:
+            total = apply("+", apply("*", total, x), coefficients.pop())
+        return total
+    known = FUNCTIONS | dict.fromkeys(DERIVED, 1)
+    if function not in known:
+        raise ValueError(f"formula {text!r}: unknown function {function!r}; choose from {', '.join(sorted(known))}")
+    if len(args) != known[function]:
+        raise ValueError(f"formula {text!r}: {function} takes {known[function]} arguments, got {len(args)}")
+    if function == "where" and args[0].op not in COMPARISONS.values():
+        raise ValueError(f"formula {text!r}: the first argument of where must be a comparison")
+    return parse(DERIVED[function], given={"x": args[0]})[RESULT] if function in DERIVED else apply(function, *args)
+
+
+# ---- reading the graph ---------------------------------------------------------------------------------------------
+
+
+def walk(roots: Iterable[Expr]) -> list[Expr]:
+    """Every node below the roots once, arguments before users (iteratively: formulas may be deep)."""
+    order: dict[Expr, None] = {}
+    stack = [(root, False) for root in reversed(list(roots))]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            order[node] = None
+        elif node not in order:
+            stack.append((node, True))
+            stack.extend((a, False) for a in reversed(node.args))
+    return list(order)
+
+
+def free_names(*roots: Expr) -> list[str]:
+    """The names the graphs read, in order of first use."""
+    return [str(n.value) for n in walk(roots) if n.op == "name"]
+
+
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
+
+
+def describe(root: Expr) -> str:
+    """The graph as one line of the language, with no parenthesis that precedence makes needless."""
+    text: dict[Expr, str] = {}
+
+    def bracketed(node: Expr, least: int) -> str:
+        return f"({text[node]})" if _PRECEDENCE.get(node.op, 9) < least else text[node]
+
+    for node in walk([root]):
+        if node.op == "name":
+            text[node] = str(node.value)
+        elif node.op == "number":
+            text[node] = repr(node.value).removesuffix(".0")
+        elif node.op == "neg":
+            text[node] = "-" + bracketed(node.args[0], 3)
+        elif (level := _PRECEDENCE.get(node.op)) is not None:
+            left, right = node.args
+            text[node] = f"{bracketed(left, level)} {node.op} {bracketed(right, level + 1)}"
+        elif node.op in COMPARISONS.values():
+            text[node] = f"{text[node.args[0]]} {node.op} {text[node.args[1]]}"
+        else:
+            text[node] = f"{node.op}({', '.join(text[a] for a in node.args)})"
+    return text[root]
+
+
+def hoist(outputs: Mapping[str, Expr], arrays: Iterable[str]) -> tuple[dict[str, Expr], dict[str, Expr]]:
+    """Replace every largest subexpression of scalars alone by a name: (outputs of arrays and s0, s1, …; those scalars).
+
+    The host evaluates the scalars in float64, once per step, and rounds them once; kernels read them from a table.
+    """
+    arrays = set(arrays)
+    varies: dict[Expr, bool] = {}
+    done: dict[Expr, Expr] = {}
+    scalars: dict[Expr, Expr] = {}
+
+    def scalar(e: Expr) -> Expr:
+        return e if e.op == "number" else scalars.setdefault(e, name(f"s{len(scalars)}"))
+
+    for node in walk(outputs.values()):
+        varies[node] = str(node.value) in arrays if node.op == "name" else any(varies[a] for a in node.args)
+        if varies[node]:
+            args = [done[a] if varies[a] else scalar(a) for a in node.args]
+            done[node] = apply(node.op, *args) if args else node
+    return {k: done[e] if varies[e] else scalar(e) for k, e in outputs.items()}, {
+        str(v.value): k for k, v in scalars.items()
+    }
+
+
+def _select(c: Any, a: Any, b: Any) -> Any:
+    return a if c else b
+
+
+_PYTHON: dict[str, Callable[..., Any]] = {f: getattr(math, f) for f in FUNCTIONS if hasattr(math, f)} | {
+    "abs": abs, "maximum": max, "minimum": min, "where": _select,
+    "neg": lambda a: -a, "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b,
+    "<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b,
+    "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
+}  # fmt: skip
+
+
+def evaluate(root: Expr, values: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] = _PYTHON) -> Any:
+    """The value of a graph for given values of its names, in Python floats or by another table of functions."""
+    result: dict[Expr, Any] = {}
+    for node in walk([root]):
+        if node.op == "number":
+            result[node] = node.value
+        elif node.op == "name":
+            result[node] = values[str(node.value)]
+        else:
+            result[node] = functions[node.op](*(result[a] for a in node.args))
+    return result[root]
+
+
+# ---- users' rows ---------------------------------------------------------------------------------------------------
+
+
+def register_activation(name: str, forward: str, derivative: str, **constants: float) -> Activation:
+    """Add the row y = forward(x), derivative of y (or x), after checking it against central differences.
+
+    The row then serves as `activation=name` everywhere, on every backend, and travels inside saved models.
+    ValueError if the name is taken by another row, the text is outside the language, or the derivative is wrong.
+    """
+    new = row(name, forward, derivative, **constants)
+    if not name.isidentifier():
+        raise ValueError(f"register_activation: {name!r} is not an identifier")
+    if ACTIVATIONS.get(name, new) != new:
+        raise ValueError(
+            f"register_activation: {name!r} is taken by {ACTIVATIONS[name].forward!r}; choose another name"
+        )
+    y, d = new.forward_graph(), parse(derivative, constants)[RESULT]
+    for text, graph, allowed in (("forward", y, {"x"}), ("derivative", d, {"x", "y"})):
+        if unknown := sorted(set(free_names(graph)) - allowed):
+            raise ValueError(f"register_activation: {text} of {name!r} names {', '.join(unknown)}; "
+                             f"give each a value as a keyword, name=…")  # fmt: skip
+    _check_derivative(name, y, d)
+    ACTIVATIONS[name] = new
+    return new
+
+
+def _check_derivative(name: str, y: Expr, d: Expr, h: float = 1e-5) -> None:
+    for k in range(-61, 62):  # an irregular grid on ±6, so that a kink at a round number lies between its points
+        x = k * 0.0987654321 + 0.00123456789
+        try:
+            low, mid, high = (evaluate(y, {"x": x + s}) for s in (-h, 0.0, h))
+            analytic = evaluate(d, {"x": x, "y": mid})
+        except (ArithmeticError, ValueError) as error:
+            raise ValueError(f"register_activation: {name!r} cannot be evaluated at x = {x:.6g} ({error})") from None
+        numeric = (high - low) / (2 * h)
+        if not abs(analytic - numeric) <= 1e-6 * max(1.0, abs(numeric)):
+            raise ValueError(f"register_activation: {name!r} at x = {x:.6g}: derivative gives {analytic:.9g}, "
+                             f"central difference {numeric:.9g}; correct the derivative")  # fmt: skip

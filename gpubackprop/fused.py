@@ -1,0 +1,255 @@
+"""Operations with kernels of their own: dense, the losses, dropout, layer and batch normalisation."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from gpubackprop import ops
+from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable
+from gpubackprop.formulas import ACTIVATIONS, LOSSES, RESULT, Activation, Loss, apply, chain, name, parse
+from gpubackprop.plan import empty, run
+from gpubackprop.tensor import Gradients, Tensor
+
+__all__ = [
+    "activation_row", "batch_norm", "bce_with_logits", "dense", "dropout", "half_mse", "layer_norm", "mse",
+    "softmax_cross_entropy", "sse",
+]  # fmt: skip
+
+
+# ---- dense ---------------------------------------------------------------------------------------------------------
+
+
+def activation_row(activation: str) -> Activation:
+    """The row of that name, or an error that lists the names."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[activation]
+
+
+@cache
+def _dense_graph(row: Activation, bias: bool) -> Graph:
+    """y = f(x + b); the pre-activation is kept in x only if f' is written in it."""
+    x = apply("+", name("x"), name("b")) if bias else name("x")
+    return {"x": x, "y": row.forward_graph(x)} if "x" in row.needs else {"y": row.forward_graph(x)}
+
+
+def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor:
+    """y = f(x @ w + b): one gemm, then bias and activation in one launch.
+
+    x (batch, in), w (in, units), b (units,); or with a leading axis of members each: x (members, batch, in), w
+    (members, in, units), b (members, units). Backward: f' ⊙ dy with the bias gradient in one launch, then two gemms.
+    """
+    row = activation_row(activation)
+    x, w, *rest = ops.operands("dense", x, w, *(() if b is None else (b,)))
+    _check_dense(x, w, rest[0] if rest else None)
+    bias = rest[0] if rest else None
+    back = x.backend
+    pre = y = empty(back, x.shape[:-1] + w.shape[-1:], x.dtype)
+    run(pre, lambda: back.gemm(x.data, w.data, pre))
+    if bias is not None or row.name != "identity":
+        forward, reads = _dense_graph(row, bias is not None), {"x": pre}
+        if bias is not None:
+            reads["b"] = bias.data if w.ndim == 2 else bias.data.reshape(w.shape[0], 1, w.shape[2])
+        y = empty(back, pre.shape, x.dtype) if "x" in forward else pre
+        writes = {"x": pre, "y": y} if "x" in forward else {"y": y}
+        what = f"y = {row.name}(x{' + b' if bias is not None else ''})"
+        run(y, lambda: back.elementwise("bias activation", forward, reads, writes, what=what))
+
+    def backprop(dy: Buffer, grads: Gradients) -> None:
+        dz = _activation_backward(row, bias, dy, pre, y, grads, back)
+        grads.write(w, lambda dw, accumulate: back.gemm(x.data, dz, dw, transpose_a=True, accumulate=accumulate))
+        grads.write(x, lambda dx, accumulate: back.gemm(dz, w.data, dx, transpose_b=True, accumulate=accumulate))
+
+    return ops.result(y, (x, w, *rest), backprop)
+
+
+def _activation_backward(
+    row: Activation, bias: Tensor | None, dy: Buffer, pre: Buffer, y: Buffer, grads: Gradients, back: Backend
+) -> Buffer:
+    """dz = f' ⊙ dy, over dy where it is ours; with the bias gradient in the same launch."""
+    dz = dy if row.name == "identity" or grads.spare is not None else empty(back, dy.shape, dy.dtype)
+    graph = {"dz": row.backward_graph()}
+    reads = {"dy": dy} | {k: v for k, v in (("x", pre), ("y", y)) if k in row.needs}
+    if bias is not None and bias.requires_grad:
+        what = f"dz = {'dy' if row.name == 'identity' else f'{row.name}′ ⊙ dy'}; db = Σ_rows dz"
+        grads.write(bias, lambda db, accumulate: back.elementwise_columns(
+            "activation backward", graph, reads, dz, db, accumulate=accumulate, what=what))  # fmt: skip
+    elif row.name != "identity":
+        run(
+            dz, lambda: back.elementwise("activation backward", graph, reads, {"dz": dz}, what=f"dz = {row.name}′ ⊙ dy")
+        )
+    return dz
+
+
+def _check_dense(x: Tensor, w: Tensor, b: Tensor | None) -> None:
+    if w.ndim not in (2, 3) or x.ndim != w.ndim:
+        raise ValueError(f"dense: x has shape {x.shape} and the weight {w.shape}; expected (batch, in) and (in, units)")
+    if x.shape[-1] != w.shape[-2]:
+        raise ValueError(f"dense: x has {x.shape[-1]} columns but the weight has {w.shape[-2]} rows")
+    if x.shape[:-2] != w.shape[:-2]:
+        raise ValueError(f"dense: x has {x.shape[0]} members but the weight has {w.shape[0]}")
+    if b is not None and b.shape != w.shape[:-2] + w.shape[-1:]:
+        raise ValueError(f"dense: the bias has shape {b.shape} but the weight has {w.shape[-1]} columns")
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+def _reduction(loss: str, total: Tensor, rows: int, reduction: str) -> Tensor:
+    """The sum of a batch's losses, or their mean over its rows."""
+    if reduction == "sum":
+        return total
+    if reduction != "mean":
+        raise ValueError(f"{loss}: unknown reduction {reduction!r}; choose from mean, sum")
+    if rows == 0:
+        raise ValueError(f"{loss}: the mean over an empty batch has no value")
+    return ops.multiply(total, 1 / rows)
+
+
+def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean") -> Tensor:
+    """−Σ_k t_k log softmax(logits)_k of each row, reduced over the rows ("mean" or "sum").
+
+    logits (batch, classes); target integer labels (batch,) or rows t (batch, classes), which need not sum to 1:
+    the gradient is (Σt)·softmax(logits) − t.
+    """
+    (logits,) = ops.operands("softmax_cross_entropy", logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"softmax_cross_entropy: logits of shape (batch, classes) expected, got {logits.shape}")
+    t = _class_target(logits, target)
+    residual, total = empty(logits.backend, logits.shape, logits.dtype), empty(logits.backend, (), logits.dtype)
+    back = logits.backend
+    if logits.size:
+        run(total, lambda: back.softmax_cross_entropy(logits.data, t, residual, total))
+    else:
+        run(total, lambda: back.fill(total, 0.0))
+
+    def backprop(dy: Buffer, grads: Gradients) -> None:
+        reads = {"residual": residual, "dy": dy}
+        grads.write(logits, lambda dx, accumulate: back.elementwise(
+            "softmax_cross_entropy backward", ops.graph("dy * residual"), reads, {RESULT: dx}, accumulate=accumulate,
+            what="dx = dy · (softmax(x) − t)"))  # fmt: skip
+
+    return _reduction("softmax_cross_entropy", ops.result(total, (logits,), backprop), logits.shape[0], reduction)
+
+
+def _class_target(logits: Tensor, target: Any) -> Buffer:
+    """Labels or soft rows as a buffer; labels on the host are checked here, those of a Tensor were checked before."""
+    if isinstance(target, Tensor):
+        t = target.data
+        if t.dtype != np.intp and t.dtype != logits.dtype:
+            raise TypeError(f"softmax_cross_entropy: target of dtype {t.dtype} with logits of {logits.dtype}")
+    else:
+        array = np.asarray(target)
+        if array.ndim == 1:
+            from gpubackprop.data import as_labels
+
+            array = as_labels(array, logits.shape[1], where="softmax_cross_entropy") if array.size else array
+        t = logits.backend.asarray(array, np.intp if array.ndim == 1 else logits.dtype)
+    if t.shape not in ((logits.shape[0],), logits.shape):
+        raise ValueError(f"softmax_cross_entropy: logits have shape {logits.shape} but the target {t.shape}; "
+                         f"expected ({logits.shape[0]},) labels or {logits.shape} rows")  # fmt: skip
+    return t
+
+
+def _elementwise_loss(label: str, row: Loss, over_outputs: bool, x: Any, target: Any, reduction: str) -> Tensor:
+    x, t = ops.operands(label, x, target)
+    if x.shape != t.shape or x.ndim == 0:
+        raise ValueError(f"{label}: the output has shape {x.shape} but the target {t.shape}; they must be equal")
+    if t.requires_grad:
+        raise ValueError(f"{label}: the target requires a gradient; detach() it, or write the loss with operators")
+    outputs = math.prod(x.shape[1:])
+    share = ops.constant(1 / outputs if over_outputs and outputs else 1.0, x).data
+    total, back = empty(x.backend, (), x.dtype), x.backend
+    forward, backward_ = _loss_graphs(row)
+    reads = {"x": x.data, "t": t.data, "k": share}
+    run(total, lambda: back.elementwise_sum(label, forward, reads, total, what=f"total = Σ k · ({row.forward})"))
+
+    def backprop(dy: Buffer, grads: Gradients) -> None:
+        grads.write(x, lambda dx, accumulate: back.elementwise(
+            f"{label} backward", backward_, reads | {"dy": dy}, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
+
+    return _reduction(label, ops.result(total, (x,), backprop), x.shape[0], reduction)
+
+
+@cache
+def _loss_graphs(row: Loss) -> tuple[Graph, Graph]:
+    scale = apply("*", name("dy"), name("k"))
+    value, derivative = parse(row.forward)[RESULT], parse(row.derivative)[RESULT]
+    return {RESULT: apply("*", name("k"), value)}, {RESULT: chain(scale, derivative)}
+
+
+def _loss(label: str, row: str, over_outputs: bool, equation: str) -> Callable[..., Tensor]:
+    def operation(output: Any, target: Any, reduction: str = "mean") -> Tensor:
+        return _elementwise_loss(label, LOSSES[row], over_outputs, output, target, reduction)
+
+    operation.__name__ = operation.__qualname__ = label
+    operation.__doc__ = f'{equation}, averaged over the rows (reduction="mean") or summed ("sum"); equal shapes.'
+    return operation
+
+
+mse = _loss("mse", "mse", True, "(x − t)², its mean over the outputs")
+half_mse = _loss("half_mse", "half_mse", True, "½ (x − t)², its mean over the outputs")
+sse = _loss("sse", "mse", False, "(x − t)², its sum over the outputs")
+bce_with_logits = _loss(
+    "bce_with_logits", "bce_with_logits", True, "−t log σ(x) − (1 − t) log(1 − σ(x)), its mean over the outputs"
+)
+
+
+# ---- dropout and normalisation -------------------------------------------------------------------------------------
+
+
+def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable | int = 0) -> Tensor:
+    """x / (1 − rate) where kept, 0 with probability `rate`: the draw depends on seed, site, step and position alone."""
+    (x,) = ops.operands("dropout", x)
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout: rate {rate} is not in [0, 1)")
+    if rate == 0:
+        return x
+    y = empty(x.backend, x.shape, x.dtype)
+    run(y, lambda: x.backend.dropout(x.data, rate, seed, site, step, y))
+
+    def backprop(dy: Buffer, grads: Gradients) -> None:
+        grads.write(x, lambda dx, accumulate: x.backend.dropout(dy, rate, seed, site, step, dx, accumulate=accumulate))
+
+    return ops.result(y, (x,), backprop)
+
+
+def layer_norm(x: Any, gain: Any, bias: Any, eps: float = 1e-5) -> Tensor:
+    """gain · (x − mean) / √(var + eps) + bias over the last axis (Ba et al., "Layer Normalization")."""
+    x, gain, bias = ops.operands("layer_norm", x, gain, bias)
+    rows = ops.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1))
+    return ops.reshape(_normalize("layer_norm", rows, gain, bias, 1, eps)[0], x.shape)
+
+
+def batch_norm(x: Any, gain: Any, bias: Any, eps: float = 1e-5) -> tuple[Tensor, Buffer, Buffer]:
+    """gain · (x − mean) / √(var + eps) + bias over the batch, with the batch's mean and biased variance per column
+    (Ioffe & Szegedy, "Batch Normalization"). A batch of one row has no variance: an error.
+    """
+    x, gain, bias = ops.operands("batch_norm", x, gain, bias)
+    if x.ndim == 2 and x.shape[0] < 2:
+        raise ValueError(f"batch_norm: a training batch of {x.shape[0]} rows has no variance; use 2 rows or more")
+    return _normalize("batch_norm", x, gain, bias, 0, eps)
+
+
+def _normalize(
+    label: str, x: Tensor, gain: Tensor, bias: Tensor, axis: int, eps: float
+) -> tuple[Tensor, Buffer, Buffer]:
+    if x.ndim != 2 or gain.shape != x.shape[1:] or bias.shape != x.shape[1:] or x.shape[1] == 0:
+        raise ValueError(f"{label}: x has shape {x.shape}, gain {gain.shape} and bias {bias.shape}; "
+                         f"expected (batch, n), (n,) and (n,)")  # fmt: skip
+    if not eps > 0:
+        raise ValueError(f"{label}: eps must be positive, got {eps}")
+    back, n = x.backend, x.shape[1 - axis]
+    y, xhat = empty(back, x.shape, x.dtype), empty(back, x.shape, x.dtype)
+    mean, variance, rstd = (empty(back, (n,), x.dtype) for _ in range(3))
+    run(y, lambda: back.normalize(x.data, gain.data, bias.data, axis, eps, y, xhat, mean, variance, rstd))
+
+    def backprop(dy: Buffer, grads: Gradients) -> None:
+        slots = [grads.slot(t) if t.requires_grad else (None, False) for t in (x, gain, bias)]
+        (dx, a), (dgain, b), (dbias, c) = slots
+        run(dy, lambda: back.normalize_backward(dy, xhat, gain.data, rstd, axis, dx, dgain, dbias, (a, b, c)))
+
+    return ops.result(y, (x, gain, bias), backprop), mean, variance

@@ -1,0 +1,75 @@
+"""How parameters are drawn: in float64 on the host, keyed by the seed and the parameter's name."""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["INITIALIZERS", "constant", "draw"]
+
+Shape = tuple[int, ...]
+Initializer = Callable[[Shape, np.random.Generator], Any]
+
+
+def draw(
+    init: str | float | npt.ArrayLike | Initializer, shape: Shape, seed: int, name: str
+) -> npt.NDArray[np.float64]:
+    """The initial value of the parameter of that name: the same for a seed, whatever other parameters there are.
+
+    `init` is a name of INITIALIZERS, a number, an array, or a callable (shape, generator) -> array.
+    """
+    if isinstance(init, str):
+        if init not in INITIALIZERS:
+            raise ValueError(f"unknown initializer {init!r}; choose from {', '.join(sorted(INITIALIZERS))}")
+        init = INITIALIZERS[init]
+    elif not callable(init):
+        init = constant(init)
+    generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+    value = np.asarray(init(shape, generator), np.float64)
+    if value.shape != shape:
+        raise ValueError(f"initializer of {name}: returned shape {value.shape}, expected {shape}")
+    return value
+
+
+def constant(value: npt.ArrayLike) -> Initializer:
+    """Every element = value, a number or an array of the parameter's shape."""
+    return lambda shape, generator: np.full(shape, value)
+
+
+def _scaled(gain: float, fans: Callable[[int, int], float], uniform: bool) -> Initializer:
+    """Mean 0, variance gain / fans(fan_in, fan_out); a weight is (in, out)."""
+
+    def initialize(shape: Shape, generator: np.random.Generator) -> Any:
+        fan_in, fan_out = (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], shape[0])
+        deviation = math.sqrt(gain / fans(fan_in, fan_out))
+        if uniform:
+            limit = math.sqrt(3) * deviation
+            return generator.uniform(-limit, limit, shape)
+        return deviation * generator.standard_normal(shape)
+
+    return initialize
+
+
+def _fan_in(fan_in: int, fan_out: int) -> float:
+    return fan_in
+
+
+def _average(fan_in: int, fan_out: int) -> float:
+    return (fan_in + fan_out) / 2
+
+
+# Glorot & Bengio, "Understanding the difficulty of training deep feedforward neural networks"; He et al., "Delving Deep
+# into Rectifiers"; LeCun et al., "Efficient BackProp".
+INITIALIZERS: dict[str, Initializer] = {
+    "zeros": constant(0.0),
+    "ones": constant(1.0),
+    "glorot_uniform": _scaled(1.0, _average, uniform=True),
+    "glorot_normal": _scaled(1.0, _average, uniform=False),
+    "he_uniform": _scaled(2.0, _fan_in, uniform=True),
+    "he_normal": _scaled(2.0, _fan_in, uniform=False),
+    "lecun_uniform": _scaled(1.0, _fan_in, uniform=True),
+    "lecun_normal": _scaled(1.0, _fan_in, uniform=False),
+}

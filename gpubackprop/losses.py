@@ -1,0 +1,73 @@
+"""Losses by name: the operation, what its targets are, how outputs become probabilities, and the metric that fits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop import fused
+from gpubackprop.data import as_labels, as_targets
+from gpubackprop.tensor import Tensor
+
+__all__ = ["LOSSES", "Objective", "objective"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss as the Trainer uses it. Without classes, targets are rows of numbers like the outputs."""
+
+    name: str
+    function: Callable[..., Tensor]
+    head: str
+    metrics: tuple[str, ...]
+    classes: bool = False
+    own: bool = False  # a user's callable, which returns the mean over the batch
+
+    def total(self, output: Tensor, target: Tensor) -> Tensor:
+        """The sum of the batch's losses."""
+        if not self.own:
+            return self.function(output, target, reduction="sum")
+        mean = self.function(output, target)
+        if not isinstance(mean, Tensor) or mean.size != 1:
+            got = f"shape {mean.shape}" if isinstance(mean, Tensor) else type(mean).__name__
+            raise TypeError(
+                f"loss: the callable returned {got}; expected a tensor of one element, the mean over the batch"
+            )
+        return mean * len(output)
+
+    def targets(self, y: Any, dtype: npt.DTypeLike, outputs: int, where: str) -> npt.NDArray[Any]:
+        """y as labels (n,) or rows (n, outputs); a user's loss gets integers as labels, unchecked against the outputs."""
+        if getattr(y, "ndim", None) is None:
+            y = np.asarray(y)
+        if (self.classes and y.ndim != 2) or (self.classes and y.ndim == 2 and y.shape[1] == 1):
+            if outputs == 1:
+                raise ValueError(
+                    f"{where}: {self.name} needs an output per class but the model has one; use loss='bce'"
+                )
+            return as_labels(y, outputs, where)
+        if self.own and y.ndim == 1 and y.dtype.kind in "iu":
+            return np.ascontiguousarray(y, np.int64)
+        return as_targets(y, dtype, y.shape[1] if self.own and y.ndim == 2 else 1 if self.own else outputs, where)
+
+
+LOSSES = {
+    o.name: o
+    for o in (
+        Objective("cross_entropy", fused.softmax_cross_entropy, "softmax", ("accuracy",), classes=True),
+        Objective("bce", fused.bce_with_logits, "sigmoid", ("accuracy",)),
+        Objective("mse", fused.mse, "identity", ("r2",)),
+        Objective("half_mse", fused.half_mse, "identity", ("r2",)),
+        Objective("sse", fused.sse, "identity", ("r2",)),
+    )
+}
+
+
+def objective(loss: str | Callable[..., Tensor]) -> Objective:
+    """The objective of a name, or of a callable (output, target) -> tensor."""
+    if callable(loss):
+        return Objective(getattr(loss, "__name__", "loss"), loss, "identity", (), own=True)
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(sorted(LOSSES))}, or pass a callable")
+    return LOSSES[loss]

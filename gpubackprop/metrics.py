@@ -1,0 +1,82 @@
+"""Metrics: figures that accumulate on the device, batch by batch, and are read once per epoch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends.base import Backend, Buffer, Graph
+from gpubackprop.formulas import parse
+from gpubackprop.plan import empty, release, run
+from gpubackprop.tensor import Tensor
+
+__all__ = ["METRICS", "Metric", "metric"]
+
+Array = npt.NDArray[Any]
+
+
+class Metric:
+    """Column sums of an elementwise figure of output x and target t, and what the sums over all rows amount to.
+
+    Targets that are labels (n,) are counted by the largest output instead.
+    """
+
+    def __init__(self, name: str, text: str, value: Callable[[Array, int, Array], float]) -> None:
+        self.name = name
+        self.graph: Graph = {"e": parse(text)["result"]}
+        self._value = value
+
+    def sums(self, backend: Backend, columns: int, dtype: npt.DTypeLike, labels: bool) -> Buffer:
+        """A zeroed accumulator."""
+        if labels and self.name != "accuracy":
+            raise ValueError(f"metric {self.name!r} needs targets like the outputs, but y holds labels; use 'accuracy'")
+        buffer = backend.empty(() if labels else (columns,), np.int64 if labels else dtype)
+        buffer[...] = 0
+        return buffer
+
+    def add(self, output: Tensor, target: Tensor, sums: Buffer) -> None:
+        """Launch: sums += this batch's."""
+        back = output.backend
+        if target.ndim == 1:
+            run(sums, lambda: back.top1(output.data, target.data, sums))
+            return
+        each = empty(back, output.shape, output.dtype)
+        reads = {"x": output.data, "t": target.data}
+        run(each, lambda: back.elementwise(self.name, self.graph, reads, {"e": each}))
+        run(sums, lambda: back.reduce("sum", each, (0,), sums, accumulate=True))
+        release(each)
+
+    def value(self, sums: Array, rows: int, target: Array) -> float:
+        """The figure over all rows."""
+        return float(self._value(np.asarray(sums, np.float64), rows, target))
+
+
+def _r2(squares: Array, rows: int, target: Array) -> float:
+    """1 − Σ(t − x)² / Σ(t − t̄)² per output, averaged; for a constant target 1 if it is met exactly, else 0."""
+    spread = target.astype(np.float64).var(0) * rows
+    constant = spread == 0
+    each = 1 - squares / np.where(constant, 1, spread)
+    return float(np.where(constant, squares == 0, each).mean())
+
+
+def _mean(sums: Array, rows: int, target: Array) -> float:
+    return float(sums.mean()) / rows
+
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("accuracy", "where(x > 0, where(t > 0.5, 1, 0), where(t > 0.5, 0, 1))", _mean),
+        Metric("r2", "(x - t) * (x - t)", _r2),
+        Metric("mse", "(x - t) * (x - t)", _mean),
+        Metric("mae", "abs(x - t)", _mean),
+    )
+}
+
+
+def metric(name: str) -> Metric:
+    """The metric of that name."""
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; choose from {', '.join(sorted(METRICS))}")
+    return METRICS[name]

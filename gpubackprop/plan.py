@@ -1,0 +1,185 @@
+"""The plan: launches kept while they run, to be replayed, printed, added up and timed."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, use_workspace
+
+__all__ = ["Plan", "empty", "recording", "release", "run"]
+
+_current: ContextVar["Plan | None"] = ContextVar("plan", default=None)
+
+
+def recording() -> "Plan | None":
+    """The plan that is recording in this thread, if any."""
+    return _current.get()
+
+
+def run(out: Buffer, bind: Callable[[], Launch]) -> None:
+    """Bind the launch that fills `out` and run it; a plan that is recording keeps it. Nothing to fill, no launch."""
+    if math.prod(out.shape) == 0:
+        return
+    plan = _current.get()
+    if plan is None:
+        bind().run()
+    else:
+        plan.add(bind())
+
+
+def empty(backend: Backend, shape: Sequence[int], dtype: npt.DTypeLike) -> Buffer:
+    """An uninitialised buffer, from the recording plan's pool if there is one."""
+    plan = _current.get()
+    return backend.empty(shape, dtype) if plan is None else plan.empty(shape, dtype)
+
+
+def release(buffer: Buffer) -> None:
+    """Say that nothing launched from here on reads the buffer: a recording plan uses it again."""
+    if (plan := _current.get()) is not None:
+        plan.release(buffer)
+
+
+class Plan:
+    """Named sections of launches over fixed buffers, recorded once and replayed without checks or allocation.
+
+    `with plan.record("gradient"):` keeps every launch made inside (this thread only); `plan.replay("gradient")` runs
+    them again. With dry=True launches are bound but not run: such a plan can be printed and costed before any step.
+    """
+
+    def __init__(self, backend: Backend, title: str = "", *, dry: bool = False, space: Workspace | None = None) -> None:
+        self.backend = backend
+        self.title = title
+        self.dry = dry
+        self.space = space or Workspace()
+        self.sections: dict[str, list[Launch]] = {}
+        self._pool: dict[Any, list[Buffer]] = {}
+        self._ready: dict[tuple[str, ...], Callable[[], None]] = {}
+        self._section: list[Launch] = []
+
+    # ---- recording
+
+    @contextmanager
+    def record(self, section: str) -> Iterator["Plan"]:
+        """Keep the launches made inside the block as this section, running them as they are bound."""
+        if _current.get() is not None:
+            raise RuntimeError(f"record {section!r}: a plan is recording in this thread already; sections do not nest")
+        if section in self.sections:
+            raise ValueError(f"record {section!r}: the plan has this section; record another or make a new plan")
+        self._section = launches = []
+        token = _current.set(self)
+        try:
+            with use_workspace(self.space):
+                yield self
+        finally:
+            _current.reset(token)
+        self.sections[section] = launches  # a section cut short by an error is not kept
+
+    def discard(self, section: str) -> None:
+        """Forget the section, if there is one, so that it can be recorded anew."""
+        self.sections.pop(section, None)
+        self._ready.clear()
+
+    def add(self, launch: Launch) -> None:
+        """Keep the launch and run it (unless dry)."""
+        self._section.append(launch)
+        if not self.dry:
+            launch.run()
+
+    def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Buffer:
+        """A released buffer of that size and dtype, else a new one."""
+        free = self._pool.get((math.prod(shape), np.dtype(dtype)))
+        return free.pop().reshape(tuple(shape)) if free else self.backend.empty(shape, dtype)
+
+    def release(self, buffer: Buffer) -> None:
+        """Let launches bound from here on write into the buffer."""
+        self._pool.setdefault((math.prod(buffer.shape), buffer.dtype), []).append(buffer.reshape(-1))
+
+    # ---- replaying
+
+    def replay(self, *sections: str) -> None:
+        """Run the sections in order (all of them if none is named)."""
+        self.sequence(*sections)()
+
+    def sequence(self, *sections: str) -> Callable[[], None]:
+        """One call without arguments that replays the sections."""
+        names = sections or tuple(self.sections)
+        if names not in self._ready:
+            if unknown := [n for n in names if n not in self.sections]:
+                raise ValueError(
+                    f"replay: unknown section {unknown[0]!r}; recorded are {', '.join(self.sections) or 'none'}"
+                )
+            self._ready[names] = self.backend.sequence([launch for n in names for launch in self.sections[n]])
+        return self._ready[names]
+
+    # ---- reading
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Every launch, in order."""
+        return [launch for section in self.sections.values() for launch in section]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one replay (a multiply-add counts 2, a function call 1)."""
+        return sum(launch.flops for launch in self.launches)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved by one replay if every launch reads and writes its operands once."""
+        return sum(launch.bytes for launch in self.launches)
+
+    @property
+    def bytes_resident(self) -> int:
+        """Bytes of the distinct buffers that the launches hold, and of their workspace."""
+        owners = {id(o): o for launch in self.launches for b in (*launch.reads, *launch.writes) for o in [_owner(b)]}
+        return sum(int(o.nbytes) for o in (*owners.values(), *self.space.scratch.values()))
+
+    def __str__(self) -> str:
+        rows = [("", "launch", "computes", "reads", "writes", "flops", "bytes")]
+        for section, launches in self.sections.items():
+            for i, launch in enumerate(launches):
+                rows.append((section if i == 0 else "", launch.name, launch.what, _shapes(launch.reads),
+                             _shapes(launch.writes), f"{launch.flops:,}", f"{launch.bytes:,}"))  # fmt: skip
+        rows.append(("total", f"{len(self.launches)} launches", "", "", "", f"{self.flops:,}", f"{self.bytes:,}"))
+        title = f"{self.title} on {self.backend.device}, {self.bytes_resident:,} bytes resident"
+        return "\n".join([title, *_table(rows)])
+
+    def profile(self, repeats: int = 20) -> list[tuple[Launch, float]]:
+        """Each launch with its median time in seconds; what the launches write is put back afterwards."""
+        kept = {id(b): (b, self.backend.to_numpy(b)) for launch in self.launches for b in launch.writes}
+        times: list[list[float]] = [[] for _ in self.launches]
+        for _ in range(repeats):
+            for launch, seen in zip(self.launches, times, strict=True):
+                self.backend.synchronize()
+                start = time.perf_counter()
+                launch.run()
+                self.backend.synchronize()
+                seen.append(time.perf_counter() - start)
+        for buffer, value in kept.values():
+            buffer[...] = self.backend.asarray(value)
+        return [(launch, sorted(seen)[repeats // 2]) for launch, seen in zip(self.launches, times, strict=True)]
+
+
+def _owner(buffer: Buffer) -> Buffer:
+    while getattr(buffer, "base", None) is not None:
+        buffer = buffer.base
+    return buffer
+
+
+def _shapes(buffers: tuple[Buffer, ...]) -> str:
+    return " ".join("×".join(map(str, b.shape)) or "1" for b in buffers)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = len(widths) - 2
+    lines = ["  ".join(c.rjust(w) if i >= numbers else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+             for r in rows]  # fmt: skip
+    rule = "  ".join("─" * w for w in widths)
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]

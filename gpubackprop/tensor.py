@@ -1,0 +1,322 @@
+"""Tensors with operators, and backpropagation over the results they remember."""
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends import get_backend
+from gpubackprop.backends.base import Backend, Buffer, Launch
+from gpubackprop.plan import empty, recording, release, run
+
+__all__ = ["Backprop", "Gradients", "Tensor", "backward", "tensor"]
+
+Backprop = Callable[[Buffer, "Gradients"], None]  # an operation's backward: dy -> writes into the inputs' gradients
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+_serial = itertools.count()
+
+
+class Tensor:
+    """An array on a device that knows how it was computed.
+
+    `data` is the backend's own array, C-contiguous. Results of operations keep their inputs and a closure that
+    propagates a gradient back to them, where any input requires one.
+    """
+
+    __array_ufunc__ = None  # NumPy on the left of an operator gives way to ours
+    __slots__ = ("__weakref__", "_grad", "backend", "backprop", "data", "grad_buffer", "inputs", "requires_grad",
+                 "retains_grad", "serial")  # fmt: skip
+
+    def __init__(
+        self, data: Buffer, backend: Backend, *, requires_grad: bool = False, inputs: tuple["Tensor", ...] = (),
+        backprop: Backprop | None = None,
+    ) -> None:  # fmt: skip
+        self.data = data
+        self.backend = backend
+        self.requires_grad = requires_grad
+        self.inputs = inputs
+        self.backprop = backprop
+        self.serial = next(_serial)
+        self.retains_grad = False
+        self.grad_buffer: Buffer | None = None  # where a parameter's gradient has its fixed place
+        self._grad: Tensor | None = None
+
+    # ---- what it is
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        return tuple(self.data.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type."""
+        return np.dtype(self.data.dtype)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def device(self) -> str:
+        """Where the data lives."""
+        return self.backend.device
+
+    @property
+    def grad(self) -> "Tensor | None":
+        """The gradient the last backward() left here: of leaves that require one, and after retain_grad()."""
+        return self._grad
+
+    def retain_grad(self) -> "Tensor":
+        """Keep this result's gradient at the next backward()."""
+        self.retains_grad = True
+        return self
+
+    def detach(self) -> "Tensor":
+        """The same data, as a constant."""
+        return Tensor(self.data, self.backend)
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A copy as a NumPy array."""
+        if recording() is not None:
+            raise RuntimeError(
+                "a tensor's value was asked for while a plan records: a recorded step replays its launches and cannot "
+                "branch on values; use gb.where, or compute the value outside the model"
+            )
+        return self.backend.to_numpy(self.data)
+
+    def item(self) -> float:
+        """The value of a tensor of one element."""
+        if self.size != 1:
+            raise ValueError(f"item: one element expected, got shape {self.shape}; use .numpy()")
+        return float(self.numpy().reshape(-1)[0])
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return self.numpy().astype(dtype or self.dtype, copy=False)
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len: a tensor of shape () has no length")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        about = f", requires_grad={self.requires_grad}" if self.requires_grad else ""
+        if recording() is not None:
+            return f"tensor(shape={self.shape}, dtype={self.dtype}{about})"
+        body = np.array2string(self.numpy(), prefix="tensor(", separator=", ")
+        return f"tensor({body}, dtype={self.dtype}{about})"
+
+    # ---- gradients
+
+    def backward(self, gradient: Any = None) -> None:
+        """∂self/∂leaf into `.grad` of every leaf below that requires one, overwriting it.
+
+        `gradient` is the cotangent ∂L/∂self, of self's shape; for a tensor of one element it defaults to 1.
+        """
+        if not self.requires_grad:
+            raise RuntimeError(
+                "backward: nothing below this tensor requires a gradient; make a leaf with requires_grad=True"
+            )
+        if gradient is None and self.size != 1:
+            raise ValueError(
+                f"backward: shape {self.shape} is not a scalar; reduce it, or give the cotangent as gradient="
+            )
+        dy = ops.constant(1.0 if gradient is None else gradient, self)
+        if dy.shape != self.shape:
+            if dy.size != 1 or self.size != 1:
+                raise ValueError(f"backward: gradient has shape {dy.shape} but the tensor has shape {self.shape}")
+            dy = Tensor(dy.data.reshape(self.shape), self.backend)
+        backward(self, dy.data)
+
+    # ---- operators
+
+    def __add__(self, other: Any) -> "Tensor":
+        return ops.add(self, other)
+
+    def __sub__(self, other: Any) -> "Tensor":
+        return ops.subtract(self, other)
+
+    def __mul__(self, other: Any) -> "Tensor":
+        return ops.multiply(self, other)
+
+    def __truediv__(self, other: Any) -> "Tensor":
+        return ops.divide(self, other)
+
+    def __pow__(self, other: Any) -> "Tensor":
+        return ops.power(self, other)
+
+    def __matmul__(self, other: Any) -> "Tensor":
+        return ops.matmul(self, other)
+
+    def __radd__(self, other: Any) -> "Tensor":
+        return ops.add(other, self)
+
+    def __rsub__(self, other: Any) -> "Tensor":
+        return ops.subtract(other, self)
+
+    def __rmul__(self, other: Any) -> "Tensor":
+        return ops.multiply(other, self)
+
+    def __rtruediv__(self, other: Any) -> "Tensor":
+        return ops.divide(other, self)
+
+    def __rpow__(self, other: Any) -> "Tensor":
+        return ops.power(other, self)
+
+    def __rmatmul__(self, other: Any) -> "Tensor":
+        return ops.matmul(other, self)
+
+    def __neg__(self) -> "Tensor":
+        return ops.neg(self)
+
+    def __gt__(self, other: Any) -> "Tensor":
+        return ops.compare(">", self, other)
+
+    def __ge__(self, other: Any) -> "Tensor":
+        return ops.compare(">=", self, other)
+
+    def __lt__(self, other: Any) -> "Tensor":
+        return ops.compare("<", self, other)
+
+    def __le__(self, other: Any) -> "Tensor":
+        return ops.compare("<=", self, other)
+
+    def __getitem__(self, key: Any) -> "Tensor":
+        return ops.index(self, key)
+
+    @property
+    def T(self) -> "Tensor":
+        """The axes in reverse order."""
+        return ops.transpose(self)
+
+    def reshape(self, *shape: Any) -> "Tensor":
+        """The same elements in another shape; one length may be -1."""
+        return ops.reshape(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+
+    def transpose(self, *axes: Any) -> "Tensor":
+        """The axes in the given order, or reversed."""
+        return ops.transpose(self, *axes)
+
+
+class Gradients:
+    """The gradients of one backward pass: first writers overwrite, later ones accumulate."""
+
+    def __init__(self, accumulate: bool = False) -> None:
+        self.buffers: dict[Tensor, Buffer] = {}
+        self.queue: list[tuple[int, Tensor]] = []
+        self.accumulate = accumulate
+        self.spare: Buffer | None = None  # the dy in hand, if its closure may write over it
+
+    def slot(self, x: Tensor, *, reuse: bool = False) -> tuple[Buffer, bool]:
+        """Where x's gradient goes, and whether there is one to add to.
+
+        With reuse=True the buffer of dy itself may be given: only in a closure's last use of dy.
+        """
+        if x in self.buffers:
+            return self.buffers[x], True
+        if x.grad_buffer is not None:
+            return self._keep(x, x.grad_buffer), self.accumulate
+        if reuse and self.spare is not None and self.spare.size == x.size:
+            dx, self.spare = self.spare.reshape(x.shape), None
+            return self._keep(x, dx), False
+        return self._keep(x, empty(x.backend, x.shape, x.dtype)), False
+
+    def write(self, x: Tensor, bind: Callable[[Buffer, bool], Launch], *, reuse: bool = False) -> None:
+        """Run bind(dx, accumulate) for an input that requires a gradient."""
+        if x.requires_grad:
+            dx, accumulate = self.slot(x, reuse=reuse)
+            run(dx, lambda: bind(dx, accumulate))
+
+    def add(self, x: Tensor, bind: Callable[[Buffer], Launch]) -> None:
+        """Run bind(dx), which adds to a part of dx: what no one wrote before is zero."""
+        if x.requires_grad:
+            dx, accumulate = self.slot(x)
+            if not accumulate:
+                run(dx, lambda: x.backend.fill(dx, 0.0))
+            run(dx, lambda: bind(dx))
+
+    def hand_on(self, x: Tensor, dy: Buffer) -> None:
+        """x's gradient is dy itself, reshaped: given away where possible, else copied; a closure's last use of dy."""
+        if not x.requires_grad:
+            return
+        if x not in self.buffers and x.grad_buffer is None and self.spare is not None:
+            self.slot(x, reuse=True)
+        else:
+            self.write(x, lambda dx, accumulate: x.backend.copy(dy.reshape(x.shape), dx, accumulate=accumulate))
+
+    def _keep(self, x: Tensor, dx: Buffer) -> Buffer:
+        self.buffers[x] = dx
+        heapq.heappush(self.queue, (-x.serial, x))
+        return dx
+
+
+def backward(root: Tensor, dy: Buffer, *, accumulate: bool = False) -> set[Tensor]:
+    """Propagate ∂L/∂root = dy to every leaf below that requires a gradient, and return those leaves.
+
+    Results are visited once each by falling serial number, so all of a result's uses come before it. With
+    accumulate=True the parameters' gradients are added to instead of overwritten.
+    """
+    grads = Gradients(accumulate)
+    grads.queue.append((-root.serial, root))
+    grads.buffers[root] = dy
+    leaves: set[Tensor] = set()
+    while grads.queue:
+        y = heapq.heappop(grads.queue)[1]
+        dy = grads.buffers.pop(y)
+        if y.retains_grad or y.backprop is None:
+            y._grad = Tensor(_copied(dy, y) if y.backprop is not None or y is root else dy, y.backend)
+        if y.backprop is None:
+            leaves.add(y)
+            continue
+        grads.spare = None if y is root else dy  # the first cotangent belongs to the caller
+        y.backprop(dy, grads)
+        if grads.spare is not None:
+            release(grads.spare)
+    return leaves
+
+
+def _copied(dy: Buffer, y: Tensor) -> Buffer:
+    copy = y.backend.empty(y.shape, y.dtype)
+    run(copy, lambda: y.backend.copy(dy, copy))
+    return copy
+
+
+def tensor(
+    array: Any, requires_grad: bool = False, *, dtype: npt.DTypeLike | None = None, device: str | None = None
+) -> Tensor:
+    """A leaf holding a copy of the array. float32 and float64 are kept, integers and bools become float64.
+
+    `device` defaults to where the array lives.
+    """
+    if isinstance(array, Tensor):
+        device, array = device or array.device, array.data
+    backend = get_backend(device or "cpu")
+    values = np.asarray(array)
+    if values.dtype.kind not in "fiub":
+        raise TypeError(f"tensor: numbers expected, got dtype {values.dtype}; convert the values to float first")
+    wanted = np.dtype(dtype) if dtype is not None else values.dtype if values.dtype in FLOATS else np.dtype(np.float64)
+    if wanted not in FLOATS:
+        raise TypeError(f"tensor: dtype {wanted} is not supported; choose from float32, float64")
+    data = backend.empty(values.shape, wanted)
+    data[...] = backend.asarray(values, wanted)
+    return Tensor(data, backend, requires_grad=requires_grad)
+
+
+from gpubackprop import ops  # noqa: E402  (the operators above and the operations need each other)

@@ -1,0 +1,303 @@
+"""The trainer: a recorded step per batch size, and the loop that replays it."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends import get_backend
+from gpubackprop.backends.base import StepTable, Workspace
+from gpubackprop.data import as_features, check_same_length
+from gpubackprop.layers import Layer, Mode, fresh_seed, mode
+from gpubackprop.losses import objective
+from gpubackprop.metrics import metric
+from gpubackprop.optimizers import OPTIMIZERS, Optimizer, State
+from gpubackprop.plan import Plan
+from gpubackprop.progress import Bar, Interrupts
+from gpubackprop.step import Keeper, Source, Step, Sums
+from gpubackprop.tensor import Tensor
+
+__all__ = ["Trainer", "TrainingDiverged"]
+
+Array = npt.NDArray[Any]
+History = dict[str, list[float]]
+Callback = Callable[["Trainer"], object]
+KEPT_STEPS = 8
+
+
+class TrainingDiverged(FloatingPointError):
+    """Loss or weights became NaN or infinite; the model stands as after the last good epoch."""
+
+    def __init__(self, epoch: int, step: int | None) -> None:
+        super().__init__(epoch, step)
+        self.epoch, self.step = epoch, step
+
+    def __str__(self) -> str:
+        what = f"the loss is NaN or infinite in epoch {self.epoch}, step {self.step}" if self.step else (
+            f"a weight is NaN or infinite after epoch {self.epoch}")  # fmt: skip
+        return (
+            f"fit: {what}; the model is as after epoch {self.epoch - 1}; try a smaller learning rate or scaled inputs"
+        )
+
+
+class Trainer:
+    """Trains a model by mini-batch descent; after the first step of a batch size every step is a replay.
+
+    `loss` is a name (cross_entropy, bce, mse, half_mse, sse) or a callable (output, target) -> tensor, the mean over the
+    batch; `optimizer` an instance or a name; `metrics` names (None: accuracy or r2, by the loss). `seed` keys the weights
+    (unless model.initialize ran before), the order of the rows and dropout; None draws a fresh one, kept in `.seed`.
+    A trainer belongs to one thread.
+    """
+
+    def __init__(
+        self, model: Layer, loss: str | Callable[..., Tensor] = "cross_entropy", optimizer: Optimizer | str = "adam",
+        metrics: Sequence[str] | None = None, device: str = "auto", seed: int | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(model, Layer):
+            raise TypeError(
+                f"Trainer: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])"
+            )
+        self.model = model
+        self.objective = objective(loss)
+        self.optimizer = _optimizer(optimizer)
+        self.metrics = None if metrics is None else [metric(m) for m in metrics]
+        self.seed = fresh_seed() if seed is None else int(seed)
+        self.history: History = {}
+        self.epoch = self.step = 0
+        self._prepare(device)
+        model.initialize(self.seed, missing=True)
+        model.head = self.objective.head
+
+    def _prepare(self, device: str) -> None:
+        """Everything that lives on the device."""
+        self.backend = get_backend(device)
+        if self.model.arena.backend is not self.backend:
+            self.model.to(self.backend.device)
+        self.state = State(self.optimizer, self.model.arena)
+        self._space = Workspace()
+        self._steps: OrderedDict[Any, Step] = OrderedDict()
+        self._sums: dict[tuple[int, bool], Sums] = {}
+        self._table = self._new_table()
+
+    def __getstate__(self) -> dict[str, Any]:
+        device = {"backend", "state", "_space", "_steps", "_sums", "_table"}
+        moments = {k: self.backend.to_numpy(b) for k, b in self.state.moments.items()}
+        return {k: v for k, v in vars(self).items() if k not in device} | {
+            "device": self.backend.device,
+            "moments": moments,
+        }
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        device, moments = kept.pop("device"), kept.pop("moments")
+        vars(self).update(kept)
+        self._prepare(device)
+        for key, value in moments.items():
+            self.state.moments[key][...] = self.backend.asarray(value)
+
+    # ---- training
+
+    def fit(
+        self, x: Any, y: Any, epochs: int = 10, batch_size: int = 128, *, validation_data: tuple[Any, Any] | None = None,
+        shuffle: bool = True, callbacks: Iterable[Callback] = (), progress: bool | None = None,
+        stop_below: float | None = None,
+    ) -> History:  # fmt: skip
+        """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each.
+
+        The last batch is used at its own size; a batch_size beyond the data uses all of it. After an epoch each callback
+        is called with the trainer, and one that returns True stops; `stop_below` stops at the first epoch whose loss
+        (validation loss, if there is validation data) is below it. `progress` shows a bar (None: on a terminal). Ctrl-C
+        lets the step in flight finish, then re-raises; completed epochs stay in the history.
+        """
+        _at_least_one("fit", epochs=epochs, batch_size=batch_size)
+        x, y = self._data(x, y, "fit")
+        held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
+        callbacks = list(callbacks)
+        if bad := [c for c in callbacks if not callable(c)]:
+            raise TypeError(f"fit: callback {bad[0]!r} is not callable; expected a function of the trainer")
+        batch_size = min(batch_size, len(x))
+        for rows in {batch_size, len(x) % batch_size or batch_size}:
+            self._outputs(x.shape[1], rows, training=True)  # before anything is trained
+        source = Source(*(self.backend.asarray(a) for a in (x, y, np.arange(len(x), dtype=np.intp))))
+        sums = self._sums_of(y, x.shape[1])
+        keeper = Keeper(self.model, self.state)
+        with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
+            fresh: set[int] = set()
+            for _ in range(epochs):
+                sums.clear()
+                begun = self.step
+                for seen, step in self._epoch_steps(source, sums, batch_size, shuffle, fresh):
+                    step()
+                    self.step += 1
+                    if interrupts.pending:
+                        interrupts.deliver()
+                    if bar.shown and bar.due():
+                        bar.advance(seen, lambda seen=seen: sums.figures(seen, y[:0])["loss"])  # type: ignore[misc]
+                self._close_epoch(sums, keeper, begun)
+                self._note(sums.figures(len(x), y))
+                if held_out is not None:
+                    self._note({f"val_{k}": v for k, v in self._figures(*held_out).items()})
+                bar.epoch({k: v[-1] for k, v in self.history.items()})
+                loss = self.history["loss" if held_out is None else "val_loss"][-1]
+                if any([c(self) is True for c in callbacks]) or (stop_below is not None and loss < stop_below):
+                    break
+        return self.history
+
+    def _epoch_steps(
+        self, source: Source, sums: Sums, batch_size: int, shuffle: bool, fresh: set[int]
+    ) -> Iterable[tuple[int, Callable[[], None]]]:
+        """(rows seen after it, call) of each step of an epoch; a batch size new to this source is recorded or re-fed."""
+        n = len(source.x)
+        sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
+        if shuffle:
+            order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(n)
+            source.order[...] = self.backend.asarray(order, np.intp)
+        self._load(self._table, self.step + 1, np.array(sizes))
+        seen = 0
+        for rows in sizes:
+            seen += rows
+            step = self._step_of(source, sums, rows)
+            if rows in fresh:
+                yield seen, step.replay
+            else:
+                fresh.add(rows)
+                yield seen, lambda step=step: step.first(source)  # type: ignore[misc]
+
+    def _step_of(self, source: Source, sums: Sums, rows: int) -> Step:
+        key = (self.model.arena, rows, source.x.shape[1], source.y.shape[1:], str(source.y.dtype))
+        if key not in self._steps:
+            while len(self._steps) >= KEPT_STEPS:
+                self._steps.popitem(last=False)
+            self._steps[key] = self._new_step(rows, source.x.shape[1], source.y.shape[1:], sums, self._table)
+        self._steps.move_to_end(key)
+        return self._steps[key]
+
+    def _new_step(
+        self, rows: int, columns: int, target: tuple[int, ...], sums: Sums, table: StepTable, dry: bool = False
+    ) -> Step:
+        return Step(
+            self.model, self.objective, self.state, table, sums, self.seed, rows, columns, target, self._space, dry
+        )
+
+    def _close_epoch(self, sums: Sums, keeper: Keeper, begun: int) -> None:
+        bad = int(sums.bad_step)
+        if bad or not keeper.finite():
+            keeper.restore()
+            raise TrainingDiverged(self.epoch + 1, bad - begun if bad else None)
+        keeper.keep()
+        self.epoch += 1
+
+    def _note(self, figures: dict[str, float]) -> None:
+        for key, value in figures.items():
+            self.history.setdefault(key, []).append(value)
+
+    # ---- the step table
+
+    def _new_table(self) -> StepTable:
+        return self.backend.step_table([*self.state.scalars, "1 / rows"], self.model.dtype)
+
+    def _load(self, table: StepTable, first: int, sizes: npt.NDArray[np.int64]) -> None:
+        values = self.state.table_rows(first, len(sizes)) | {"1 / rows": 1 / sizes}
+        rows = np.stack([values[c] for c in table.columns], axis=1)
+        table.load(rows, np.cumsum(sizes) - sizes, first)
+
+    # ---- reading
+
+    def evaluate(self, x: Any, y: Any) -> dict[str, float]:
+        """Mean loss and metrics over the rows, without training behaviour."""
+        return self._figures(*self._data(x, y, "evaluate"))
+
+    def _figures(self, x: Array, y: Array) -> dict[str, float]:
+        output, target = (Tensor(self.backend.asarray(a), self.backend) for a in (self.model.predict(x), y))
+        sums = self._new_sums(y, output.shape[1])
+        sums.loss[...] = self.objective.total(output, target).data.reshape(())
+        for m, s in sums.metrics:
+            m.add(output, target, s)
+        return sums.figures(len(y), y)
+
+    def predict(self, x: Any) -> Array:
+        """The raw output for every row (logits, for a classifier)."""
+        return self.model.predict(x)
+
+    def plan(self, batch_size: int = 128) -> Plan:
+        """The training step for a batch of that many rows, bound but not run: print it, add it up, profile it."""
+        _at_least_one("plan", batch_size=batch_size)
+        columns = self.model.inputs
+        if columns is None:
+            raise ValueError("plan: the model does not say how many columns it takes; give its class an `inputs`")
+        outputs = self._outputs(columns, batch_size, training=True)
+        classes = self.objective.classes
+        y = np.zeros((batch_size,) if classes else (batch_size, outputs), np.int64 if classes else self.model.dtype)
+        table = self._new_table()
+        self._load(table, 1, np.array([batch_size]))
+        step = self._new_step(batch_size, columns, y.shape[1:], self._new_sums(y, outputs), table, dry=True)
+        x = self.backend.empty((batch_size, columns), self.model.dtype)
+        x[...] = 0
+        step.first(Source(x, *(self.backend.asarray(a) for a in (y, np.arange(batch_size, dtype=np.intp)))))
+        return step.plan
+
+    # ---- data
+
+    def _data(self, x: Any, y: Any, where: str) -> tuple[Array, Array]:
+        rows = as_features(x, self.model.dtype, self.model.inputs, where)
+        check_same_length(rows, y, where)
+        return rows, self.objective.targets(y, self.model.dtype, self._outputs(rows.shape[1], 2), where)
+
+    def _outputs(self, columns: int, rows: int, training: bool = False) -> int:
+        """Columns of the model's output, found by binding its forward without running it: layers check shapes here."""
+        plan = Plan(self.backend, dry=True, space=self._space)
+        with plan.record("forward"), mode(Mode(training, self.seed)):
+            x = Tensor(self.backend.empty((rows, columns), self.model.dtype), self.backend)
+            output = self.model(x)
+        if output.ndim != 2 or output.shape[0] != rows:
+            raise ValueError(f"Trainer: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
+        return output.shape[1]
+
+    def _sums_of(self, y: Array, columns: int) -> Sums:
+        outputs, labels = self._outputs(columns, 2), y.ndim == 1
+        if (outputs, labels) not in self._sums:
+            self._sums[outputs, labels] = self._new_sums(y, outputs)
+        return self._sums[outputs, labels]
+
+    def _new_sums(self, y: Array, outputs: int) -> Sums:
+        labels = y.ndim == 1
+        soft = self.objective.classes and not labels
+        if self.metrics is None:
+            chosen = [metric(m) for m in self.objective.metrics if not soft]
+        elif soft and any(m.name == "accuracy" for m in self.metrics):
+            raise ValueError("metric 'accuracy' counts labels, but y holds rows of class weights; leave it out")
+        else:
+            chosen = self.metrics
+        return Sums(self.backend, chosen, outputs, self.model.dtype, labels)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def _optimizer(given: Any) -> Optimizer:
+    if isinstance(given, str):
+        if given not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {given!r}; choose from {', '.join(sorted(OPTIMIZERS))}")
+        return OPTIMIZERS[given]()
+    if isinstance(given, type) and issubclass(given, Optimizer):
+        raise TypeError(f"Trainer: optimizer is the class {given.__name__}; make one: gb.{given.__name__}()")
+    if not isinstance(given, Optimizer):
+        raise TypeError(
+            f"Trainer: optimizer is {type(given).__name__}; expected a name or one such as gb.Adam(lr=1e-3)"
+        )
+    return given
+
+
+def _at_least_one(where: str, **numbers: Any) -> None:
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{where}: {key} must be an integer, got {type(value).__name__} {value!r}")
+        if value < 1:
+            raise ValueError(f"{where}: {key} must be at least 1, got {value}")
+
+
+def _pair(data: Any) -> tuple[Any, Any]:
+    if not isinstance(data, tuple | list) or len(data) != 2:
+        raise TypeError(f"fit: validation_data must be (x, y), got {type(data).__name__}")
+    return data[0], data[1]
