@@ -1,17 +1,91 @@
-"""gpubackprop."""
+"""Backprop for NumPy and CuPy arrays: fused kernels, recorded training steps, every gradient checkable.
 
-__version__ = "0.1.0"
+>>> import gpubackprop as gb
+>>> x, y = gb.datasets.digits()
+>>> trainer = gb.Trainer(gb.mlp([64, 128, 10]), seed=0)
+>>> history = trainer.fit(x, y, epochs=20, batch_size=64)
+"""
 
 from gpubackprop import datasets
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.data import split
 from gpubackprop.formulas import register_activation
-from gpubackprop.fused import *
+from gpubackprop.fused import (
+    batch_norm,
+    bce_with_logits,
+    dense,
+    dropout,
+    half_mse,
+    layer_norm,
+    mse,
+    softmax_cross_entropy,
+    sse,
+)
 from gpubackprop.gradients import gradcheck, value_and_grad
-from gpubackprop.layers import *
-from gpubackprop.ops import *
-from gpubackprop.optimizers import *
+from gpubackprop.layers import (
+    Activation,
+    BatchNorm,
+    Dense,
+    Dropout,
+    LayerNorm,
+    Residual,
+    Scaler,
+    Sequential,
+    mlp,
+)
+from gpubackprop.model import Layer, training
+from gpubackprop.ops import (
+    abs,
+    add,
+    broadcast_to,
+    clip,
+    concatenate,
+    cos,
+    divide,
+    exp,
+    expm1,
+    gather,
+    log,
+    log1p,
+    log_softmax,
+    logsumexp,
+    matmul,
+    max,
+    maximum,
+    mean,
+    min,
+    minimum,
+    multiply,
+    neg,
+    power,
+    relu,
+    reshape,
+    sigmoid,
+    sin,
+    softmax,
+    sqrt,
+    stack,
+    subtract,
+    sum,
+    tanh,
+    transpose,
+    where,
+)
+from gpubackprop.optimizers import SGD, Adam, AdamW, Optimizer
 from gpubackprop.plan import Plan
 from gpubackprop.tensor import Tensor, tensor
-from gpubackprop.trainer import *
+from gpubackprop.trainer import Trainer, TrainingDiverged
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Optimizer",
+    "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
+    "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
+    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "log", "log1p",
+    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply",
+    "neg", "power", "register_activation", "relu", "reshape", "sigmoid", "sin", "softmax", "softmax_cross_entropy",
+    "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training", "transpose", "value_and_grad",
+    "where",
+]  # fmt: skip

@@ -7,6 +7,7 @@ subexpressions are the same object), and the code generators in `backends/` rend
 
 import ast
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -130,7 +131,7 @@ LOSSES: dict[str, Loss] = _rows(
 
 @dataclass(frozen=True)
 class Rule:
-    """An optimizer's update of the weights p by the gradient g, with its moments; `before` runs ahead of the gradient."""
+    """An optimizer's update of the weights p by the gradient g, with its moments; `before` runs ahead of g."""
 
     name: str
     state: tuple[str, ...]
@@ -366,9 +367,8 @@ def _select(c: Any, a: Any, b: Any) -> Any:
 
 _PYTHON: dict[str, Callable[..., Any]] = {f: getattr(math, f) for f in FUNCTIONS if hasattr(math, f)} | {
     "abs": abs, "maximum": max, "minimum": min, "where": _select,
-    "neg": lambda a: -a, "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b,
-    "<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b,
-    "==": lambda a, b: a == b, "!=": lambda a, b: a != b,
+    "neg": operator.neg, "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+    "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
 
 

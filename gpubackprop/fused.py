@@ -203,11 +203,11 @@ bce_with_logits = _loss(
 
 def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable | int = 0) -> Tensor:
     """x / (1 − rate) where kept, 0 with probability `rate`: the draw depends on seed, site, step and position alone."""
-    (x,) = ops.operands("dropout", x)
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate {rate} is not in [0, 1)")
+    (x,) = tensors = ops.operands("dropout", x)
     if rate == 0:
-        return x
+        return tensors[0]
     y = empty(x.backend, x.shape, x.dtype)
     run(y, lambda: x.backend.dropout(x.data, rate, seed, site, step, y))
 

@@ -1,296 +1,25 @@
-"""Layers: declared parameters and a forward written in operations. A model is a layer; the outermost one owns the arena."""
+"""The layers: each declares its parameters and writes its forward in operations; none writes a backward."""
 
-import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop import fused, initializers, ops
-from gpubackprop.arena import Arena, Parameter
-from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import StepTable
+from gpubackprop import fused, ops
+from gpubackprop.arena import Parameter
+from gpubackprop.data import as_features
+from gpubackprop.model import CLASSES, Layer, current_mode
 from gpubackprop.plan import run
-from gpubackprop.tensor import FLOATS, Tensor
+from gpubackprop.tensor import Tensor
 
 __all__ = [
-    "Activation", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Residual", "Scaler", "Sequential", "mlp",
-    "training",
+    "CLASSES", "Activation", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Residual", "Scaler", "Sequential",
+    "mlp",
 ]  # fmt: skip
 
-
-# ---- training or inference -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mode:
-    """Whether layers train, and what random layers key their draws by."""
-
-    training: bool = False
-    seed: int = 0
-    step: StepTable | int = 0
-
-
-_mode: ContextVar[Mode] = ContextVar("mode", default=Mode())  # noqa: B039 (frozen)
-
-
-@contextmanager
-def mode(new: Mode) -> Iterator[None]:
-    """Layers called inside behave in this mode."""
-    token = _mode.set(new)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
-
-
-def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager[None]:
-    """Layers called inside `with training():` behave as in training: dropout draws, keyed by seed and step, and
-    BatchNorm takes batch statistics. Outside it they infer."""
-    return mode(Mode(True, seed, step))
-
-
-# ---- the base ------------------------------------------------------------------------------------------------------
-
-CLASSES: dict[str, type["Layer"]] = {}  # by the name that model files use
-
-
-class Layer:
-    """Base of all layers, users' too: make Parameters and sublayers in `__init__`, and write `forward(x)` in operations.
-
-    Any layer is a model: it can be called with an array or a tensor (batch, features), trained and saved. Calling the
-    outermost layer draws the weights (seed 0) if neither `initialize`, a Trainer nor `load_state_dict` set them.
-
-    >>> class Gain(Layer):
-    ...     def __init__(self, columns):
-    ...         self.gain = Parameter((columns,), "ones")
-    ...     def forward(self, x):
-    ...         return x * self.gain
-    """
-
-    dtype: npt.DTypeLike = "float32"
-    head: str | None = None  # what turns outputs into probabilities: "softmax" or "sigmoid"; the Trainer sets it
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    seed: int | None = None  # of the drawn weights; None while they are not drawn
-    _arenas: tuple[Arena, Arena] | None = None  # trained and not; the outermost layer's only
-    _bound = False  # whether this layer's parameters lie in an arena, its own or an outer layer's
-    _path = ""
-
-    def __init_subclass__(cls, **keywords: Any) -> None:
-        super().__init_subclass__(**keywords)
-        builtin = cls.__module__.startswith("gpubackprop.")
-        CLASSES[cls.__name__ if builtin else f"{cls.__module__}:{cls.__qualname__}"] = cls
-
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "Layer":
-        self = super().__new__(cls)
-        self.arguments = arguments, keywords  # what rebuilds the layer: the architecture of a model file
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output; subclasses write it."""
-        raise TypeError(f"{type(self).__name__} has no forward(x); write one that returns a tensor")
-
-    def __call__(self, x: Any) -> Tensor:
-        if not self._bound:
-            self._lay_out()
-        if not isinstance(x, Tensor):
-            x = self._as_input(x)
-        return self.forward(x)
-
-    @property
-    def inputs(self) -> int | None:
-        """Columns of x the layer expects, if it cares."""
-        return next((n for layer in self.children().values() if (n := layer.inputs) is not None), None)
-
-    # ---- the tree
-
-    def children(self) -> dict[str, "Layer"]:
-        """Sublayers by attribute name; those in a list or tuple by attribute and position."""
-        found: dict[str, Layer] = {}
-        for key, value in vars(self).items():
-            if isinstance(value, Layer):
-                found[key] = value
-            elif isinstance(value, list | tuple):
-                found |= {f"{key}.{i}": v for i, v in enumerate(value) if isinstance(v, Layer)}
-        return found
-
-    def named_layers(self, path: str = "") -> Iterator[tuple[str, "Layer"]]:
-        """This layer and all below it, with dotted paths, in order."""
-        yield path, self
-        for key, layer in self.children().items():
-            yield from layer.named_layers(f"{path}.{key}" if path else key)
-
-    def named_parameters(self) -> dict[str, Parameter]:
-        """Every parameter by its dotted path, trainable or not; one that is shared stands under its first path."""
-        found: dict[str, Parameter] = {}
-        seen: set[Parameter] = set()
-        for path, layer in self.named_layers():
-            for key, value in vars(layer).items():
-                if isinstance(value, Parameter) and value not in seen:
-                    seen.add(value)
-                    found[f"{path}.{key}" if path else key] = value
-        return found
-
-    @property
-    def parameter_count(self) -> int:
-        """Number of trained weights."""
-        return sum(math.prod(p.shape) for p in self.named_parameters().values() if p.trainable)
-
-    # ---- the arena
-
-    def to(self, device: str) -> "Layer":
-        """Move the parameters, with their values, to the device; what was recorded before is recorded anew."""
-        self._lay_out(device)
-        return self
-
-    def _lay_out(self, device: str = "cpu") -> tuple[Arena, Arena]:
-        """One arena for the trained parameters and one for the others, keeping values; what has none is drawn, seed 0."""
-        if np.dtype(self.dtype) not in FLOATS:
-            raise TypeError(f"{type(self).__name__}: dtype {self.dtype} is not supported; choose from float32, float64")
-        named, backend = self.named_parameters(), get_backend(device)
-        undrawn = [k for k, p in named.items() if p.host_value() is None]
-        trained, others = ({k: p for k, p in named.items() if p.trainable is t} for t in (True, False))
-        self._arenas = arenas = Arena(trained, backend, self.dtype), Arena(others, backend, self.dtype)
-        for path, layer in self.named_layers():
-            layer._bound, layer._path = True, path
-            if layer is not self:
-                layer._arenas = None
-        self._draw(0, undrawn)
-        return arenas
-
-    @property
-    def arena(self) -> Arena:
-        """The trained parameters."""
-        return (self._arenas or self._lay_out())[0]
-
-    @property
-    def statistics(self) -> Arena:
-        """The parameters that training does not step."""
-        return (self._arenas or self._lay_out())[1]
-
-    def initialize(self, seed: int | None = None, *, missing: bool = False) -> "Layer":
-        """Draw every parameter, keyed by the seed and its name; None draws a fresh seed. `.seed` records it.
-
-        With missing=True only those that neither `initialize`, training nor `load_state_dict` set before.
-        """
-        seed = fresh_seed() if seed is None else int(seed)
-        _ = self.arena
-        named = self.named_parameters()
-        keys = [k for k, p in named.items() if not (missing and p.settled)]
-        self._draw(seed, keys)
-        for key in keys:
-            named[key].settled = True
-        if keys:
-            self.seed = seed
-        return self
-
-    def _draw(self, seed: int, keys: Iterable[str]) -> None:
-        named = self.named_parameters()
-        for key in keys:
-            p = named[key]
-            p.data[...] = p.backend.asarray(initializers.draw(p.init, p.shape, seed, key), p.dtype)
-
-    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
-        """Every parameter as a NumPy array (a copy), by name."""
-        _ = self._bound or self._lay_out()
-        return {k: p.backend.to_numpy(p.data) for k, p in self.named_parameters().items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Write the arrays into the parameters in place; names and shapes must be this model's, else nothing is written."""
-        _ = self._bound or self._lay_out()
-        named = self.named_parameters()
-        if missing := [k for k in named if k not in state]:
-            raise ValueError(f"load_state_dict: {missing[0]!r} is missing; the model has {', '.join(named)}")
-        if extra := [k for k in state if k not in named]:
-            raise ValueError(f"load_state_dict: the model has no {extra[0]!r}; it has {', '.join(named)}")
-        values = {k: np.asarray(state[k]) for k in named}
-        for k, value in values.items():
-            if value.shape != named[k].shape:
-                raise ValueError(f"load_state_dict: {k!r} has shape {value.shape} but the model's is {named[k].shape}")
-            if value.dtype.kind not in "fiub":
-                raise TypeError(f"load_state_dict: {k!r} has dtype {value.dtype}; expected numbers")
-        for k, p in named.items():
-            p.data[...] = p.backend.asarray(values[k], p.dtype)
-            p.settled = True
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_arenas", "_bound", "_predictor")}
-
-    # ---- inference
-
-    def _as_input(self, x: Any, where: str | None = None) -> Tensor:
-        from gpubackprop.data import as_features
-
-        parameter = next(iter(self.named_parameters().values()), None)
-        backend = parameter.backend if parameter is not None else get_backend("cpu")
-        rows = as_features(x, self.dtype, self.inputs, where or type(self).__name__)
-        return Tensor(backend.asarray(rows), backend)
-
-    def predict(self, x: Any) -> npt.NDArray[Any]:
-        """The raw output for every row of x (logits, for a classifier), without training behaviour."""
-        from gpubackprop.predictor import Predictor
-
-        if "_predictor" not in vars(self):
-            self._predictor = Predictor(self)
-        return self._predictor(x)
-
-    def predict_proba(self, x: Any) -> npt.NDArray[Any]:
-        """Class probabilities: softmax over several outputs, the logistic sigmoid of one (or of each, for bce)."""
-        return self._probabilities(self.predict(x))
-
-    def predict_classes(self, x: Any) -> npt.NDArray[np.int64]:
-        """The most probable class of each row; for sigmoid outputs whether each exceeds one half, (n,) for one output."""
-        out = self.predict(x)
-        if self._head(out) == "softmax":
-            return out.argmax(1).astype(np.int64)
-        return (out > 0).astype(np.int64).reshape(-1 if out.shape[1] == 1 else out.shape)
-
-    def _head(self, out: npt.NDArray[Any]) -> str:
-        if self.head == "identity":
-            raise ValueError("predict_proba: the model was trained for regression; use predict")
-        return self.head or ("softmax" if out.shape[1] > 1 else "sigmoid")
-
-    def _probabilities(self, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        function = ops.softmax if self._head(out) == "softmax" else ops.sigmoid
-        return function(Tensor(out, get_backend("cpu"))).numpy()
-
-    # ---- printing
-
-    def describe(self) -> str:
-        """One line about the layer itself."""
-        arguments, keywords = self.arguments
-        parts = [a if isinstance(a, str) else repr(a) for a in arguments if not isinstance(a, Layer)]
-        parts += [f"{k}={v}" for k, v in keywords.items() if not isinstance(v, Layer)]
-        return f"{type(self).__name__}({', '.join(parts)})"
-
-    def __repr__(self) -> str:
-        rows = [("layer", "", "parameters", "shapes")]
-        for path, layer in self.named_layers():
-            own = [p for p in vars(layer).values() if isinstance(p, Parameter)]
-            if path and (own or not layer.children()):
-                count = sum(math.prod(p.shape) for p in own if p.trainable)
-                rows.append((path, layer.describe(), f"{count:,}", " ".join("×".join(map(str, p.shape)) for p in own)))
-        if len(rows) == 1:
-            return self.describe()
-        a, b, c = (max(len(r[i]) for r in rows) for i in range(3))
-        lines = [f"  {p:<{a}}  {d:<{b}}  {n:>{c}}  {s}".rstrip() for p, d, n, s in rows]
-        return "\n".join(
-            [f"{type(self).__name__}: {self.parameter_count:,} parameters, {np.dtype(self.dtype)}", *lines]
-        )
-
-
-def fresh_seed() -> int:
-    """A seed from the system's entropy."""
-    return int(np.random.SeedSequence().generate_state(1)[0])
-
-
-# ---- layers --------------------------------------------------------------------------------------------------------
 
 _DEFAULT_INIT = {"selu": "lecun_normal"} | dict.fromkeys(
     ("identity", "sigmoid", "tanh", "hard_sigmoid", "hard_tanh"), "glorot_uniform"
@@ -300,8 +29,8 @@ _DEFAULT_INIT = {"selu": "lecun_normal"} | dict.fromkeys(
 class Dense(Layer):
     """y = activation(x @ weight + bias), weight (inputs, units), bias (units,).
 
-    `init` is an initializer's name, a number or a callable (shape, generator) -> array; by default Glorot's for identity,
-    sigmoid and tanh, LeCun's for selu, else He's.
+    `init` is an initializer's name, a number, an array or a callable (shape, generator) -> array; by default Glorot's
+    for identity, sigmoid and tanh, LeCun's for selu, else He's.
     """
 
     def __init__(
@@ -348,7 +77,7 @@ class Dropout(Layer):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        mode = _mode.get()
+        mode = current_mode()
         site = zlib.crc32(self._path.encode())
         return fused.dropout(x, self.rate, mode.seed, site, mode.step) if mode.training else x
 
@@ -371,7 +100,8 @@ class LayerNorm(Layer):
 class BatchNorm(Layer):
     """gain · (x − mean) / √(var + eps) + bias per column: batch statistics in training, running ones in inference.
 
-    running += momentum · (batch − running), the running variance unbiased (n − 1). A training batch of one row is an error.
+    running += momentum · (batch − running), the running variance unbiased (n − 1). A training batch of one row is an
+    error.
     """
 
     def __init__(self, columns: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
@@ -387,7 +117,7 @@ class BatchNorm(Layer):
         return self.gain.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _mode.get().training:
+        if not current_mode().training:
             return (x - self.mean) * (self.gain / ops.sqrt(self.variance + self.eps)) + self.bias
         y, mean, variance = fused.batch_norm(x, self.gain, self.bias, self.eps)
         n = x.shape[0]
@@ -420,8 +150,6 @@ class Scaler(Layer):
 
     def fit(self, x: Any) -> "Scaler":
         """Take each column's mean and standard deviation (in float64) from the rows of x."""
-        from gpubackprop.data import as_features
-
         rows = as_features(x, "float64", self.inputs, "Scaler.fit")
         deviation = rows.std(0)
         self.mean.init, self.scale.init = rows.mean(0), np.where(deviation > 0, deviation, 1.0)
@@ -473,7 +201,7 @@ def mlp(
     if len(sizes) < 2:
         raise ValueError(f"mlp: at least the input and output size expected, got {list(sizes)}")
     layers: list[Layer] = []
-    for i, (inputs, units) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (inputs, units) in enumerate(pairwise(sizes)):
         hidden = i < len(sizes) - 2
         layers.append(Dense(inputs, units, activation=activation if hidden else "identity"))
         if hidden and dropout:

@@ -38,7 +38,7 @@ class Objective:
         return mean * len(output)
 
     def targets(self, y: Any, dtype: npt.DTypeLike, outputs: int, where: str) -> npt.NDArray[Any]:
-        """y as labels (n,) or rows (n, outputs); a user's loss gets integers as labels, unchecked against the outputs."""
+        """y as labels (n,) or rows (n, outputs); a user's loss gets integers as labels, without a bound."""
         if getattr(y, "ndim", None) is None:
             y = np.asarray(y)
         if (self.classes and y.ndim != 2) or (self.classes and y.ndim == 2 and y.shape[1] == 1):

@@ -19,8 +19,8 @@ from gpubackprop.tensor import FLOATS, Backprop, Gradients, Tensor
 
 __all__ = [
     "abs", "add", "broadcast_to", "clip", "concatenate", "cos", "divide", "exp", "expm1", "gather", "log", "log1p",
-    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "multiply", "neg", "power", "relu",
-    "reshape", "sigmoid", "sin", "softmax", "sqrt", "stack", "subtract", "sum", "tanh", "transpose", "where",
+    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "multiply", "neg", "power",
+    "relu", "reshape", "sigmoid", "sin", "softmax", "sqrt", "stack", "subtract", "sum", "tanh", "transpose", "where",
 ]  # fmt: skip
 
 Axis = int | Sequence[int] | None
@@ -279,8 +279,9 @@ def _extremum(kind: str) -> Callable[..., Tensor]:
             tied = _fill_elementwise("ties", "where(x == y, 1, 0)", x, reads, _new(x, x.shape))
             ties = _reduce("sum", x, tied, axes, _new(x, kept))
             reads |= {"dy": dy.reshape(kept), "n": ties}
+            shared = graph("where(x == y, dy / n, 0)")
             grads.write(x, lambda dx, accumulate: x.backend.elementwise(
-                f"{kind} backward", graph("where(x == y, dy / n, 0)"), reads, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
+                f"{kind} backward", shared, reads, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
             release(tied)
             release(ties)
 
@@ -377,7 +378,7 @@ def matmul(a: Any, b: Any) -> Tensor:
         raise ValueError(f"matmul: leading axes of {a.shape} and {b.shape} do not broadcast") from None
     stack = (math.prod(lead),) if lead else ()
     a, b = (reshape(broadcast_to(t, lead + t.shape[-2:]), stack + t.shape[-2:]) for t in (a, b))
-    return reshape(_product(a, b), lead + (a.shape[-2], b.shape[-1]))
+    return reshape(_product(a, b), (*lead, a.shape[-2], b.shape[-1]))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -430,7 +431,7 @@ def broadcast_to(x: Any, shape: Sequence[int]) -> Tensor:
     (x,) = operands("broadcast_to", x)
     shape = tuple(shape)
     if x.shape == shape:
-        return x
+        return reshape(x, shape)
     if len(shape) < x.ndim or any(n not in (1, m) for n, m in zip(reversed(x.shape), reversed(shape), strict=False)):
         raise ValueError(f"broadcast_to: shape {x.shape} does not broadcast to {shape}")
     y = _new(x, shape)

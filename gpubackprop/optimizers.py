@@ -51,8 +51,8 @@ class Optimizer:
 class SGD(Optimizer):
     """p -= lr · z, z = momentum · z + g; plain gradient descent for momentum=0.
 
-    nesterov="lookahead" takes the gradient at p − lr · momentum · z, ahead of the step (Nesterov, "A method of solving a
-    convex programming problem with convergence rate O(1/k²)").
+    nesterov="lookahead" takes the gradient at p − lr · momentum · z, ahead of the step (Nesterov, "A method of solving
+    a convex programming problem with convergence rate O(1/k²)").
     """
 
     lr: float = 1e-2
@@ -136,7 +136,7 @@ class State:
         parts: dict[str, Buffer] = {k: a[0, part] for k, a in arrays.items()}
         reads = {k: parts[k] for k in free_names(*graph.values()) if k in parts}
         writes = {k: parts[k] for k in graph}
-        what = "; ".join(text.strip().splitlines())
+        what = text.strip()
         run(
             writes["p"], lambda: self.arena.backend.elementwise(rule.name, graph, reads, writes, table=table, what=what)
         )
@@ -147,6 +147,6 @@ class State:
 
 
 _NUMPY: dict[str, Any] = {
-    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "neg": np.negative, "sqrt": np.sqrt, "pow": np.power,
-    "exp": np.exp, "log": np.log, "abs": np.abs, "maximum": np.maximum, "minimum": np.minimum,
+    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "neg": np.negative, "sqrt": np.sqrt,
+    "pow": np.power, "exp": np.exp, "log": np.log, "abs": np.abs, "maximum": np.maximum, "minimum": np.minimum,
 }  # fmt: skip

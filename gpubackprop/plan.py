@@ -59,7 +59,7 @@ class Plan:
         self.space = space or Workspace()
         self.sections: dict[str, list[Launch]] = {}
         self._pool: dict[Any, list[Buffer]] = {}
-        self._ready: dict[tuple[str, ...], Callable[[], None]] = {}
+        self._ready: dict[tuple[str, ...], Callable[[], object]] = {}
         self._section: list[Launch] = []
 
     # ---- recording
@@ -71,7 +71,7 @@ class Plan:
             raise RuntimeError(f"record {section!r}: a plan is recording in this thread already; sections do not nest")
         if section in self.sections:
             raise ValueError(f"record {section!r}: the plan has this section; record another or make a new plan")
-        self._section = launches = []
+        self._section = launches = list[Launch]()
         token = _current.set(self)
         try:
             with use_workspace(self.space):
@@ -106,7 +106,7 @@ class Plan:
         """Run the sections in order (all of them if none is named)."""
         self.sequence(*sections)()
 
-    def sequence(self, *sections: str) -> Callable[[], None]:
+    def sequence(self, *sections: str) -> Callable[[], object]:
         """One call without arguments that replays the sections."""
         names = sections or tuple(self.sections)
         if names not in self._ready:
@@ -141,11 +141,13 @@ class Plan:
         return sum(int(o.nbytes) for o in (*owners.values(), *self.space.scratch.values()))
 
     def __str__(self) -> str:
-        rows = [("", "launch", "computes", "reads", "writes", "flops", "bytes")]
+        rows: list[tuple[str, ...]] = [("", "launch", "computes", "reads", "writes", "flops", "bytes")]
         for section, launches in self.sections.items():
             for i, launch in enumerate(launches):
-                rows.append((section if i == 0 else "", launch.name, launch.what, _shapes(launch.reads),
+                first, *more = launch.what.splitlines()
+                rows.append((section if i == 0 else "", launch.name, first, _shapes(launch.reads),
                              _shapes(launch.writes), f"{launch.flops:,}", f"{launch.bytes:,}"))  # fmt: skip
+                rows += [("", "", line, "", "", "", "") for line in more]
         rows.append(("total", f"{len(self.launches)} launches", "", "", "", f"{self.flops:,}", f"{self.bytes:,}"))
         title = f"{self.title} on {self.backend.device}, {self.bytes_resident:,} bytes resident"
         return "\n".join([title, *_table(rows)])
@@ -179,7 +181,7 @@ def _shapes(buffers: tuple[Buffer, ...]) -> str:
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numbers = len(widths) - 2
-    lines = ["  ".join(c.rjust(w) if i >= numbers else c.ljust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
-             for r in rows]  # fmt: skip
+    justify = [str.ljust] * numbers + [str.rjust] * 2
+    lines = ["  ".join(j(c, w) for j, c, w in zip(justify, r, widths, strict=True)) for r in rows]
     rule = "  ".join("─" * w for w in widths)
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]

@@ -11,7 +11,7 @@ from gpubackprop.tensor import Tensor
 
 if TYPE_CHECKING:
     from gpubackprop.arena import Arena
-    from gpubackprop.layers import Layer
+    from gpubackprop.model import Layer
 
 __all__ = ["Predictor"]
 

@@ -49,7 +49,7 @@ class Interrupts:
 
 
 class Bar:
-    """A tqdm bar over samples with the loss, refreshed at most twice a second; none unless asked for or on a terminal."""
+    """A tqdm bar over samples with the loss, refreshed at most twice a second; only if asked for or on a terminal."""
 
     def __init__(self, show: bool | None, epochs: int, rows: int, first_epoch: int) -> None:
         self._bar: Any = None

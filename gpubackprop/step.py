@@ -1,4 +1,4 @@
-"""One training step as a plan: feed, before, gradient, update over fixed buffers, and the sums it leaves on the device."""
+"""One training step as a plan: feed, before, gradient and update over fixed buffers, and the sums it leaves behind."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, StepTable, Workspace
 from gpubackprop.formulas import name
-from gpubackprop.layers import Layer, training
 from gpubackprop.losses import Objective
 from gpubackprop.metrics import Metric
+from gpubackprop.model import Layer, training
 from gpubackprop.optimizers import State
 from gpubackprop.plan import Plan, run
 from gpubackprop.tensor import Tensor, backward
@@ -69,7 +69,7 @@ class Step:
     target_shape: tuple[int, ...]  # of one row: () for labels
     space: Workspace
     dry: bool = False
-    replay: Callable[[], None] = field(init=False)
+    replay: Callable[[], object] = field(init=False)
 
     def __post_init__(self) -> None:
         self.backend = backend = self.model.arena.backend
@@ -121,7 +121,7 @@ class Step:
 
 
 class Keeper:
-    """A copy of weights, statistics and moments after the last good epoch, and the launches that take and restore it."""
+    """A copy of weights, statistics and moments after the last good epoch, and launches that take and restore it."""
 
     def __init__(self, model: Layer, state: State) -> None:
         back = model.arena.backend

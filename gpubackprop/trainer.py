@@ -10,9 +10,9 @@ import numpy.typing as npt
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import StepTable, Workspace
 from gpubackprop.data import as_features, check_same_length
-from gpubackprop.layers import Layer, Mode, fresh_seed, mode
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
+from gpubackprop.model import Layer, Mode, fresh_seed, mode
 from gpubackprop.optimizers import OPTIMIZERS, Optimizer, State
 from gpubackprop.plan import Plan
 from gpubackprop.progress import Bar, Interrupts
@@ -45,10 +45,10 @@ class TrainingDiverged(FloatingPointError):
 class Trainer:
     """Trains a model by mini-batch descent; after the first step of a batch size every step is a replay.
 
-    `loss` is a name (cross_entropy, bce, mse, half_mse, sse) or a callable (output, target) -> tensor, the mean over the
-    batch; `optimizer` an instance or a name; `metrics` names (None: accuracy or r2, by the loss). `seed` keys the weights
-    (unless model.initialize ran before), the order of the rows and dropout; None draws a fresh one, kept in `.seed`.
-    A trainer belongs to one thread.
+    `loss` is a name (cross_entropy, bce, mse, half_mse, sse) or a callable (output, target) -> tensor, the mean over
+    the batch; `optimizer` an instance or a name; `metrics` names (None: accuracy or r2, by the loss). `seed` keys the
+    weights (unless model.initialize ran before), the order of the rows and dropout; None draws a fresh one, kept in
+    `.seed`. A trainer belongs to one thread.
     """
 
     def __init__(
@@ -99,16 +99,16 @@ class Trainer:
     # ---- training
 
     def fit(
-        self, x: Any, y: Any, epochs: int = 10, batch_size: int = 128, *, validation_data: tuple[Any, Any] | None = None,
-        shuffle: bool = True, callbacks: Iterable[Callback] = (), progress: bool | None = None,
-        stop_below: float | None = None,
+        self, x: Any, y: Any, epochs: int = 10, batch_size: int = 128, *,
+        validation_data: tuple[Any, Any] | None = None, shuffle: bool = True, callbacks: Iterable[Callback] = (),
+        progress: bool | None = None, stop_below: float | None = None,
     ) -> History:  # fmt: skip
         """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each.
 
-        The last batch is used at its own size; a batch_size beyond the data uses all of it. After an epoch each callback
-        is called with the trainer, and one that returns True stops; `stop_below` stops at the first epoch whose loss
-        (validation loss, if there is validation data) is below it. `progress` shows a bar (None: on a terminal). Ctrl-C
-        lets the step in flight finish, then re-raises; completed epochs stay in the history.
+        The last batch is used at its own size; a batch_size beyond the data uses all of it. After an epoch each
+        callback is called with the trainer, and one that returns True stops; `stop_below` stops at the first epoch
+        whose loss (validation loss, if there is validation data) is below it. `progress` shows a bar (None: on a
+        terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
         """
         _at_least_one("fit", epochs=epochs, batch_size=batch_size)
         x, y = self._data(x, y, "fit")
@@ -140,14 +140,15 @@ class Trainer:
                     self._note({f"val_{k}": v for k, v in self._figures(*held_out).items()})
                 bar.epoch({k: v[-1] for k, v in self.history.items()})
                 loss = self.history["loss" if held_out is None else "val_loss"][-1]
-                if any([c(self) is True for c in callbacks]) or (stop_below is not None and loss < stop_below):
+                stops = [callback(self) is True for callback in callbacks]
+                if any(stops) or (stop_below is not None and loss < stop_below):
                     break
         return self.history
 
     def _epoch_steps(
         self, source: Source, sums: Sums, batch_size: int, shuffle: bool, fresh: set[int]
-    ) -> Iterable[tuple[int, Callable[[], None]]]:
-        """(rows seen after it, call) of each step of an epoch; a batch size new to this source is recorded or re-fed."""
+    ) -> Iterable[tuple[int, Callable[[], object]]]:
+        """(rows seen after it, call) of each step of an epoch; a batch size new to the source is recorded or re-fed."""
         n = len(source.x)
         sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
         if shuffle:

@@ -35,7 +35,7 @@ class Launch:
 
 
 class StepTable(Protocol):
-    """What changes from step to step: a table in device memory, read at the row of a counter that the update advances."""
+    """What changes from step to step: a table in device memory, read at the row of a counter that updates advance."""
 
     columns: tuple[str, ...]
 
@@ -78,8 +78,10 @@ class Backend(Protocol):
     `accumulate=True` adds to the output, otherwise it is overwritten. Outputs come last.
     """
 
-    device: str
-    xp: Any
+    @property
+    def device(self) -> str: ...
+    @property
+    def xp(self) -> Any: ...
 
     # ---- buffers
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Buffer: ...
@@ -87,7 +89,7 @@ class Backend(Protocol):
     def to_numpy(self, buffer: Buffer) -> npt.NDArray[Any]: ...
     def synchronize(self) -> None: ...
     def step_table(self, columns: Sequence[str], dtype: npt.DTypeLike) -> StepTable: ...
-    def sequence(self, launches: Sequence[Launch]) -> Callable[[], None]:
+    def sequence(self, launches: Sequence[Launch]) -> Callable[[], object]:
         """One call that runs the launches in order."""
 
     # ---- primitives
@@ -102,7 +104,7 @@ class Backend(Protocol):
         accumulate: bool = False,
         what: str = "",
     ) -> Launch:
-        """writes[k] = graph[k], element by element; reads broadcast; names found in the table are this step's scalars."""
+        """writes[k] = graph[k], element by element; reads broadcast; other names are scalars of the table."""
 
     def elementwise_sum(
         self, name: str, graph: Graph, reads: Mapping[str, Buffer], out: Buffer, *, what: str = ""

@@ -115,7 +115,7 @@ class _Compiler:
                 self._drop(self.place[a])
 
     def _select(self, i: int, node: Expr, target: Register | None) -> None:
-        """where(c, a, b) = b ^ ((a ^ b) & -c) on the bits, less where an arm is 0; a masked copy takes ten times as long."""
+        """where(c, a, b) = b ^ ((a ^ b) & -c) on the bits, less for an arm of 0; masked copies take ten times longer."""
         c, a, b = (self.place[x].as_bits for x in node.args)
         mask = self._new("scratch").as_bits
         zero = Register("number", 0.0, bits=True)
@@ -147,8 +147,8 @@ def chunks(shape: tuple[int, ...], size: int = CHUNK) -> Iterator[tuple[int | sl
     for axis in reversed(range(len(shape))):
         if inner * shape[axis] > size:
             step = max(1, size // inner)
-            for outer in product(*map(range, shape[:axis])):
-                yield from ((*outer, slice(s, s + step)) for s in range(0, shape[axis], step))
+            for outer, start in product(product(*map(range, shape[:axis])), range(0, shape[axis], step)):
+                yield (*outer, slice(start, start + step))
             return
         inner *= shape[axis]
     yield ()
@@ -211,7 +211,7 @@ class _Frame:
         """The instruction as a call without arguments."""
         args, out = [self.array(r) for r in step.args], self.array(step.out)
         if step.op == "copy":
-            return partial(np.copyto, out, *args)
+            return partial(np.copyto, out, args[0])
         if step.op in ("maximum", "minimum"):  # a scalar operand takes NumPy's slow loop (3x); out= must be a keyword
             args = [self._spread(r, a) for r, a in zip(step.args, args, strict=True)]
             return partial(UFUNCS[step.op], *args, out=out)

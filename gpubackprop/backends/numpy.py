@@ -200,7 +200,8 @@ class NumpyBackend:
     def scatter_add(self, dy: Array, index: Array, out: Array) -> Launch:
         """out[:, index[i]] += dy[:, i]; see Backend."""
         _expect("scatter_add", dy.shape == (out.shape[0], index.size, out.shape[2]), f"{dy.shape} into {out.shape}")
-        call = partial(np.add.at, out, (slice(None), index.reshape(-1)), dy)
+        where: Any = (slice(None), index.reshape(-1))
+        call = partial(np.add.at, out, where, dy)
         what = "out[:, index[i]] += dy[:, i]"
         return _launch("scatter_add", what, {"dy": dy, "index": index}, {"out": out}, dy.size, [call])
 

@@ -102,7 +102,7 @@ def normalize_backward(
 def dropout(
     x: Array, rate: float, seed: int, site: int, step: Callable[[], int], out: Array, accumulate: bool
 ) -> list[Call]:
-    """out = x / (1 − rate) where Philox keeps the element, else 0 (selected on the bits, so that 0·inf cannot appear)."""
+    """out = x / (1 − rate) where Philox keeps the element, else 0: selected on the bits, so 0·inf cannot appear."""
     draws, integer = Draws(x.size, x.dtype), INTEGERS[x.dtype.itemsize]
     kept, scale = np.empty(x.shape, integer), np.array(1 / (1 - rate), x.dtype)
     into = np.empty_like(out) if accumulate else out
