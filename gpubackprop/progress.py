@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -69,12 +69,12 @@ class Bar:
         """Whether half a second has passed since the last refresh."""
         return time.perf_counter() >= self._next
 
-    def advance(self, seen: int, loss: Callable[[], float]) -> None:
+    def advance(self, seen: int, loss: float) -> None:
         """Show that `seen` rows of the epoch are done."""
         self._next = time.perf_counter() + 0.5
         self._bar.update(seen - self._seen)
         self._seen = seen
-        self._bar.set_postfix_str(f"epoch {self._epoch + 1}, loss {loss():.4g}")
+        self._bar.set_postfix_str(f"epoch {self._epoch + 1}, loss {loss:.4g}")
 
     def epoch(self, figures: Mapping[str, float]) -> None:
         """Show an epoch's figures."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,15 +49,19 @@ class Sums:
         for buffer in (self.loss, self.bad_step, *(s for _, s in self.metrics)):
             buffer[...] = 0
 
+    def mean_loss(self, rows: int) -> float:
+        """The mean loss over that many rows."""
+        return float(self.backend.to_numpy(self.loss)) / rows
+
     def figures(self, rows: int, y: Array) -> dict[str, float]:
         """Mean loss and metrics over that many rows, whose targets are y."""
         read = self.backend.to_numpy
-        return {"loss": float(read(self.loss)) / rows} | {m.name: m.value(read(s), rows, y) for m, s in self.metrics}
+        return {"loss": self.mean_loss(rows)} | {m.name: m.value(read(s), rows, y) for m, s in self.metrics}
 
 
 @dataclass
 class Step:
-    """The step for batches of `rows` rows; the first time it runs it is recorded, afterwards `replay` is one call."""
+    """The step for batches of `rows` rows of an attached source: `run()` records it the first time, then replays it."""
 
     model: Layer
     objective: Objective
@@ -69,7 +74,7 @@ class Step:
     target_shape: tuple[int, ...]  # of one row: () for labels
     space: Workspace
     dry: bool = False
-    replay: Callable[[], object] = field(init=False)
+    run: Callable[[], object] = field(init=False)
 
     def __post_init__(self) -> None:
         self.backend = backend = self.model.arena.backend
@@ -81,8 +86,11 @@ class Step:
         title = f"training step of {self.rows} rows, {self.model.parameter_count:,} parameters"
         self.plan = Plan(backend, title, dry=self.dry, space=self.space)
 
-    def first(self, source: Source) -> None:
-        """Run the step on the source's rows, recording what is not recorded yet: the feed is bound to its source."""
+    def attach(self, source: Source) -> None:
+        """Take the batches from this source; the next run binds the feed to it."""
+        self.run = partial(self._first, source)
+
+    def _first(self, source: Source) -> None:
         plan, table = self.plan, self.table
         plan.discard("feed")
         with plan.record("feed"):
@@ -98,7 +106,7 @@ class Step:
             with plan.record("update"):
                 self.state.record(table)
                 run(self.x, lambda: self.backend.advance(table))
-        self.replay = plan.sequence(*SECTIONS)
+        self.run = plan.sequence(*SECTIONS)
 
     def _gradient(self) -> None:
         """Forward, loss, backward; every trained slice is written, by a gradient or by zeros."""

@@ -121,19 +121,21 @@ class Trainer:
             self._outputs(x.shape[1], rows, training=True)  # before anything is trained
         source = Source(*(self.backend.asarray(a) for a in (x, y, np.arange(len(x), dtype=np.intp))))
         sums = self._sums_of(y, x.shape[1])
+        steps = self._steps_for(source, sums, batch_size)
         keeper = Keeper(self.model, self.state)
         with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
-            fresh: set[int] = set()
             for _ in range(epochs):
                 sums.clear()
+                self._begin_epoch(source, steps, shuffle)
                 begun = self.step
-                for seen, step in self._epoch_steps(source, sums, batch_size, shuffle, fresh):
-                    step()
+                for i, step in enumerate(steps):
+                    step.run()
                     self.step += 1
                     if interrupts.pending:
                         interrupts.deliver()
                     if bar.shown and bar.due():
-                        bar.advance(seen, lambda seen=seen: sums.figures(seen, y[:0])["loss"])  # type: ignore[misc]
+                        seen = i * batch_size + step.rows
+                        bar.advance(seen, sums.mean_loss(seen))
                 self._close_epoch(sums, keeper, begun)
                 self._note(sums.figures(len(x), y))
                 if held_out is not None:
@@ -145,34 +147,27 @@ class Trainer:
                     break
         return self.history
 
-    def _epoch_steps(
-        self, source: Source, sums: Sums, batch_size: int, shuffle: bool, fresh: set[int]
-    ) -> Iterable[tuple[int, Callable[[], object]]]:
-        """(rows seen after it, call) of each step of an epoch; a batch size new to the source is recorded or re-fed."""
-        n = len(source.x)
+    def _steps_for(self, source: Source, sums: Sums, batch_size: int) -> list[Step]:
+        """The step of each batch of an epoch: one object per batch size, kept for later fits, fed from this source."""
+        n, columns, target = len(source.x), source.x.shape[1], source.y.shape[1:]
         sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
-        if shuffle:
-            order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(n)
-            source.order[...] = self.backend.asarray(order, np.intp)
-        self._load(self._table, self.step + 1, np.array(sizes))
-        seen = 0
-        for rows in sizes:
-            seen += rows
-            step = self._step_of(source, sums, rows)
-            if rows in fresh:
-                yield seen, step.replay
-            else:
-                fresh.add(rows)
-                yield seen, lambda step=step: step.first(source)  # type: ignore[misc]
+        chosen: dict[int, Step] = {}
+        for rows in dict.fromkeys(sizes):
+            key = (self.model.arena, rows, columns, target, source.y.dtype)
+            if key not in self._steps:
+                while len(self._steps) >= KEPT_STEPS:
+                    self._steps.popitem(last=False)
+                self._steps[key] = self._new_step(rows, columns, target, sums, self._table)
+            self._steps.move_to_end(key)
+            chosen[rows] = self._steps[key]
+            chosen[rows].attach(source)
+        return [chosen[rows] for rows in sizes]
 
-    def _step_of(self, source: Source, sums: Sums, rows: int) -> Step:
-        key = (self.model.arena, rows, source.x.shape[1], source.y.shape[1:], str(source.y.dtype))
-        if key not in self._steps:
-            while len(self._steps) >= KEPT_STEPS:
-                self._steps.popitem(last=False)
-            self._steps[key] = self._new_step(rows, source.x.shape[1], source.y.shape[1:], sums, self._table)
-        self._steps.move_to_end(key)
-        return self._steps[key]
+    def _begin_epoch(self, source: Source, steps: Sequence[Step], shuffle: bool) -> None:
+        if shuffle:
+            generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+            source.order[...] = self.backend.asarray(generator.permutation(len(source.x)), np.intp)
+        self._load(self._table, self.step + 1, np.array([step.rows for step in steps]))
 
     def _new_step(
         self, rows: int, columns: int, target: tuple[int, ...], sums: Sums, table: StepTable, dry: bool = False
@@ -235,7 +230,8 @@ class Trainer:
         step = self._new_step(batch_size, columns, y.shape[1:], self._new_sums(y, outputs), table, dry=True)
         x = self.backend.empty((batch_size, columns), self.model.dtype)
         x[...] = 0
-        step.first(Source(x, *(self.backend.asarray(a) for a in (y, np.arange(batch_size, dtype=np.intp)))))
+        step.attach(Source(x, *(self.backend.asarray(a) for a in (y, np.arange(batch_size, dtype=np.intp)))))
+        step.run()
         return step.plan
 
     # ---- data

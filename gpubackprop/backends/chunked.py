@@ -115,7 +115,7 @@ class _Compiler:
                 self._drop(self.place[a])
 
     def _select(self, i: int, node: Expr, target: Register | None) -> None:
-        """where(c, a, b) = b ^ ((a ^ b) & -c) on the bits, less for an arm of 0; masked copies take ten times longer."""
+        """where(c, a, b) = b ^ ((a ^ b) & -c) on the bits, less for an arm of 0; masked copies are ten times slower."""
         c, a, b = (self.place[x].as_bits for x in node.args)
         mask = self._new("scratch").as_bits
         zero = Register("number", 0.0, bits=True)

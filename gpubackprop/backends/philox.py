@@ -126,7 +126,11 @@ class Draws:
 
     def bernoulli(self, p: float, seed: int, site: int, step: int) -> NDArray[np.bool_]:
         """bits < round(p · 2^32): True with probability p, by integers, so that every backend agrees."""
-        return np.less(self.bits(seed, site, step), round(float(p) * 2**32), out=self._mask)
+        threshold = round(float(p) * 2**32)
+        if threshold > MASK:  # above every word, and no uint32 itself
+            self._mask.fill(True)
+            return self._mask
+        return np.less(self.bits(seed, site, step), threshold, out=self._mask)
 
     def uniform(self, seed: int, site: int, step: int) -> Floats:
         """k / 2^24 or k / 2^53 in [0, 1), by dtype; the float32 draw is the float64 draw cut short."""
