@@ -168,10 +168,10 @@ FUNCTIONS = {"exp": 1, "log": 1, "log1p": 1, "expm1": 1, "sqrt": 1, "sin": 1, "c
              "maximum": 2, "minimum": 2, "pow": 2, "where": 3}  # fmt: skip
 
 # erf(x) = x P(x²) for |x| <= 0.8125, else sign(x) (1 - N(s) / (D(s) exp(x²))), s = |x| - 0.8125. No comparison is
-# needed: beyond 0.8125 P lies above erf(x)/x (its degree is even); below it s is held at 0 and y lies above erf(|x|). So
-# the minimum selects, and -y gives the sign. Counting s from the boundary keeps N and D nearly free of rounding where
-# exp(-x²) is largest. Coefficients: minimax by Remez exchange in 60 digits, D rounded first and N fitted again. Largest error
-# 1.62 ulp in float64 (9.8 million points), 2.77 in float32. Odd, keeps -0, exactly 1 from 5.93 on, passes NaN.
+# needed: beyond 0.8125 P lies above erf(x)/x (its degree is even); below it s is held at 0 and y lies above erf(|x|).
+# So the minimum selects, and -y gives the sign. Counting s from the boundary keeps N and D nearly free of rounding
+# where exp(-x²) is largest. Coefficients: minimax by Remez exchange in 60 digits, D rounded first and N fitted again.
+# Largest error 1.62 ulp in float64 (9.8 million points), 2.77 in float32. Odd, keeps -0, exactly 1 from 5.93 on, passes NaN.
 ERF = """
 a = minimum(abs(x), 6)
 z = a * a
@@ -203,27 +203,34 @@ class Expr:
     args: tuple["Expr", ...] = ()
     value: str | float = 0.0
 
+    def __reduce__(self) -> Any:  # a copy is the interned node itself
+        return _intern, (self.op, self.args, self.value, _sign(self.value))
+
 
 @cache
 def _intern(op: str, args: tuple[Expr, ...], value: str | float, sign: float) -> Expr:
     return Expr(op, args, value)
 
 
+def _sign(value: str | float) -> float:
+    return 0.0 if isinstance(value, str) else math.copysign(1.0, value)  # 0.0 == -0.0, but they are two literals
+
+
 def name(text: str) -> Expr:
     """A free name: an array, a scalar or a local."""
-    return _intern("name", (), text, 0.0)
+    return _intern("name", (), text, _sign(text))
 
 
 def number(value: float) -> Expr:
     """A literal, kept in float64 and rounded once to the arithmetic type."""
-    return _intern("number", (), float(value), math.copysign(1.0, value))
+    return _intern("number", (), float(value), _sign(float(value)))
 
 
 def apply(op: str, *args: Expr) -> Expr:
     """The node op(args), with operations on literals alone carried out in float64."""
     if all(a.op == "number" for a in args) and op not in ("where", *COMPARISONS.values()):
         return number(evaluate(Expr(op, args), {}))
-    return _intern(op, args, 0.0, 0.0)
+    return _intern(op, args, 0.0, _sign(0.0))
 
 
 def chain(dy: Expr, derivative: Expr) -> Expr:

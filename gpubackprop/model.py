@@ -15,6 +15,7 @@ from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import StepTable
 from gpubackprop.data import as_features
+from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
 
@@ -102,7 +103,10 @@ class Layer:
             self._lay_out()
         if not isinstance(x, Tensor):
             x = self._as_input(x)
-        return self.forward(x)
+        if recording() is None:
+            return self.forward(x)
+        with within(self._path):
+            return self.forward(x)
 
     @property
     def inputs(self) -> int | None:

@@ -15,15 +15,13 @@ from gpubackprop import formulas
 from gpubackprop.backends.base import Buffer, Graph
 from gpubackprop.formulas import RESULT, Activation, parse
 from gpubackprop.plan import empty, release, run
-from gpubackprop.tensor import FLOATS, Backprop, Gradients, Tensor
+from gpubackprop.tensor import FLOATS, Axis, Backprop, Gradients, Tensor
 
 __all__ = [
     "abs", "add", "broadcast_to", "clip", "concatenate", "cos", "divide", "exp", "expm1", "gather", "log", "log1p",
     "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "multiply", "neg", "power",
     "relu", "reshape", "sigmoid", "sin", "softmax", "sqrt", "stack", "subtract", "sum", "tanh", "transpose", "where",
 ]  # fmt: skip
-
-Axis = int | Sequence[int] | None
 
 
 # ---- operands and results ------------------------------------------------------------------------------------------

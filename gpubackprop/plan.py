@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,30 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, use_workspace
 
-__all__ = ["Plan", "empty", "recording", "release", "run"]
+__all__ = ["Plan", "current_layer", "empty", "recording", "release", "run", "within"]
 
 _current: ContextVar["Plan | None"] = ContextVar("plan", default=None)
+_layer: ContextVar[str] = ContextVar("layer", default="")
 
 
 def recording() -> "Plan | None":
     """The plan that is recording in this thread, if any."""
     return _current.get()
+
+
+def current_layer() -> str:
+    """The path of the layer whose forward or backward is being recorded."""
+    return _layer.get()
+
+
+@contextmanager
+def within(layer: str) -> Iterator[None]:
+    """Launches kept inside carry the layer's path."""
+    token = _layer.set(layer)
+    try:
+        yield
+    finally:
+        _layer.reset(token)
 
 
 def run(out: Buffer, bind: Callable[[], Launch]) -> None:
@@ -87,7 +104,7 @@ class Plan:
 
     def add(self, launch: Launch) -> None:
         """Keep the launch and run it (unless dry)."""
-        self._section.append(launch)
+        self._section.append(replace(launch, layer=_layer.get()))
         if not self.dry:
             launch.run()
 
@@ -141,14 +158,14 @@ class Plan:
         return sum(int(o.nbytes) for o in (*owners.values(), *self.space.scratch.values()))
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("", "launch", "computes", "reads", "writes", "flops", "bytes")]
+        rows: list[tuple[str, ...]] = [("", "layer", "launch", "computes", "reads", "writes", "flops", "bytes")]
         for section, launches in self.sections.items():
             for i, launch in enumerate(launches):
                 first, *more = launch.what.splitlines()
-                rows.append((section if i == 0 else "", launch.name, first, _shapes(launch.reads),
+                rows.append((section if i == 0 else "", launch.layer, launch.name, first, _shapes(launch.reads),
                              _shapes(launch.writes), f"{launch.flops:,}", f"{launch.bytes:,}"))  # fmt: skip
-                rows += [("", "", line, "", "", "", "") for line in more]
-        rows.append(("total", f"{len(self.launches)} launches", "", "", "", f"{self.flops:,}", f"{self.bytes:,}"))
+                rows += [("", "", "", line, "", "", "", "") for line in more]
+        rows.append(("total", "", f"{len(self.launches)} launches", "", "", "", f"{self.flops:,}", f"{self.bytes:,}"))
         title = f"{self.title} on {self.backend.device}, {self.bytes_resident:,} bytes resident"
         return "\n".join([title, *_table(rows)])
 

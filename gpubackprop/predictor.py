@@ -1,5 +1,6 @@
 """Inference: a forward-only plan per model, replayed over padded batches."""
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +25,15 @@ class Predictor:
     def __init__(self, model: "Layer") -> None:
         self.model = model
         self.key: tuple[Arena, int, int] | None = None
+        self.lock = threading.Lock()  # the plan's buffers serve one call at a time
 
     def __call__(self, x: Any) -> npt.NDArray[Any]:
         """The output for every row of x."""
         rows = as_features(x, self.model.dtype, self.model.inputs, "predict")
+        with self.lock:
+            return self._predict(rows)
+
+    def _predict(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
         n = min(len(rows), CHUNK_ROWS)
         if self.key is None or self.key[0] is not self.model.arena or self.key[1:] != (n, rows.shape[1]):
             self._record(rows[:n])

@@ -3,7 +3,7 @@
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,14 @@ import numpy.typing as npt
 
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, Launch
-from gpubackprop.plan import empty, recording, release, run
+from gpubackprop.plan import current_layer, empty, recording, release, run, within
 
 __all__ = ["Backprop", "Gradients", "Tensor", "backward", "tensor"]
 
 Backprop = Callable[[Buffer, "Gradients"], None]  # an operation's backward: dy -> writes into the inputs' gradients
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+Axis = int | Sequence[int] | None
 
 _serial = itertools.count()
 
@@ -29,8 +31,8 @@ class Tensor:
     """
 
     __array_ufunc__ = None  # NumPy on the left of an operator gives way to ours
-    __slots__ = ("__weakref__", "_grad", "backend", "backprop", "data", "grad_buffer", "inputs", "requires_grad",
-                 "retains_grad", "serial")  # fmt: skip
+    __slots__ = ("__weakref__", "_grad", "backend", "backprop", "data", "grad_buffer", "inputs", "layer",
+                 "requires_grad", "retains_grad", "serial")  # fmt: skip
 
     def __init__(
         self, data: Buffer, backend: Backend, *, requires_grad: bool = False, inputs: tuple["Tensor", ...] = (),
@@ -42,6 +44,7 @@ class Tensor:
         self.inputs = inputs
         self.backprop = backprop
         self.serial = next(_serial)
+        self.layer = current_layer()
         self.retains_grad = False
         self.grad_buffer: Buffer | None = None  # where a parameter's gradient has its fixed place
         self._grad: Tensor | None = None
@@ -202,6 +205,8 @@ class Tensor:
     def __getitem__(self, key: Any) -> "Tensor":
         return ops.index(self, key)
 
+    # ---- operations as methods
+
     @property
     def T(self) -> "Tensor":
         """The axes in reverse order."""
@@ -214,6 +219,84 @@ class Tensor:
     def transpose(self, *axes: Any) -> "Tensor":
         """The axes in the given order, or reversed."""
         return ops.transpose(self, *axes)
+
+    def sum(self, axis: Axis = None, keepdims: bool = False) -> "Tensor":
+        """Σ over the axes (all by default)."""
+        return ops.sum(self, axis, keepdims)
+
+    def mean(self, axis: Axis = None, keepdims: bool = False) -> "Tensor":
+        """Mean over the axes (all by default)."""
+        return ops.mean(self, axis, keepdims)
+
+    def max(self, axis: Axis = None, keepdims: bool = False) -> "Tensor":
+        """Maximum over the axes (all by default)."""
+        return ops.max(self, axis, keepdims)
+
+    def min(self, axis: Axis = None, keepdims: bool = False) -> "Tensor":
+        """Minimum over the axes (all by default)."""
+        return ops.min(self, axis, keepdims)
+
+    def logsumexp(self, axis: int = -1, keepdims: bool = False) -> "Tensor":
+        """log Σ exp along the axis."""
+        return ops.logsumexp(self, axis, keepdims)
+
+    def softmax(self, axis: int = -1) -> "Tensor":
+        """exp / Σ exp along the axis."""
+        return ops.softmax(self, axis)
+
+    def log_softmax(self, axis: int = -1) -> "Tensor":
+        """log of softmax along the axis."""
+        return ops.log_softmax(self, axis)
+
+    def clip(self, low: float, high: float) -> "Tensor":
+        """Limited to [low, high]."""
+        return ops.clip(self, low, high)
+
+    def exp(self) -> "Tensor":
+        """exp(x), elementwise."""
+        return ops.exp(self)
+
+    def log(self) -> "Tensor":
+        """log(x), elementwise."""
+        return ops.log(self)
+
+    def log1p(self) -> "Tensor":
+        """log(1 + x), elementwise."""
+        return ops.log1p(self)
+
+    def expm1(self) -> "Tensor":
+        """exp(x) - 1, elementwise."""
+        return ops.expm1(self)
+
+    def sqrt(self) -> "Tensor":
+        """√x, elementwise."""
+        return ops.sqrt(self)
+
+    def sin(self) -> "Tensor":
+        """sin(x), elementwise."""
+        return ops.sin(self)
+
+    def cos(self) -> "Tensor":
+        """cos(x), elementwise."""
+        return ops.cos(self)
+
+    def tanh(self) -> "Tensor":
+        """tanh(x), elementwise."""
+        return ops.tanh(self)
+
+    def sigmoid(self) -> "Tensor":
+        """1 / (1 + exp(-x)), elementwise."""
+        return ops.sigmoid(self)
+
+    def relu(self) -> "Tensor":
+        """max(x, 0), elementwise."""
+        return ops.relu(self)
+
+    def abs(self) -> "Tensor":
+        """|x|, elementwise."""
+        return ops.abs(self)
+
+    __abs__ = abs
 
 
 class Gradients:
@@ -287,7 +370,8 @@ def backward(root: Tensor, dy: Buffer, *, accumulate: bool = False) -> set[Tenso
             leaves.add(y)
             continue
         grads.spare = None if y is root else dy  # the first cotangent belongs to the caller
-        y.backprop(dy, grads)
+        with within(y.layer):
+            y.backprop(dy, grads)
         if grads.spare is not None:
             release(grads.spare)
     return leaves

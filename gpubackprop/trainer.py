@@ -62,7 +62,7 @@ class Trainer:
         self.model = model
         self.objective = objective(loss)
         self.optimizer = _optimizer(optimizer)
-        self.metrics = None if metrics is None else [metric(m) for m in metrics]
+        self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
         self.seed = fresh_seed() if seed is None else int(seed)
         self.history: History = {}
         self.epoch = self.step = 0
@@ -180,6 +180,7 @@ class Trainer:
         bad = int(sums.bad_step)
         if bad or not keeper.finite():
             keeper.restore()
+            self.step = begun
             raise TrainingDiverged(self.epoch + 1, bad - begun if bad else None)
         keeper.keep()
         self.epoch += 1

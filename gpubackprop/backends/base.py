@@ -1,5 +1,6 @@
 """What a backend is: primitives that bind buffers into launches, and the step table that launches read scalars from."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ class Launch:
     writes: tuple[Buffer, ...]
     flops: int
     run: Callable[[], object] = field(repr=False)
+    layer: str = ""  # the path of the layer it belongs to, in a recorded model
 
     @property
     def bytes(self) -> int:
@@ -52,13 +54,17 @@ class Workspace:
 
 
 _workspace: ContextVar[Workspace | None] = ContextVar("workspace", default=None)
+_thread = threading.local()  # a copied context may run in another thread, which must not share scratch
 
 
 def workspace() -> Workspace:
     """The workspace in force: the recording plan's, else this thread's own."""
-    if (current := _workspace.get()) is None:
-        _workspace.set(current := Workspace())
-    return current
+    if (current := _workspace.get()) is not None:
+        return current
+    if not hasattr(_thread, "workspace"):
+        _thread.workspace = Workspace()
+    own: Workspace = _thread.workspace
+    return own
 
 
 @contextmanager
