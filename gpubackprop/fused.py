@@ -48,20 +48,23 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor
     bias = rest[0] if rest else None
     back = x.backend
     pre = y = empty(back, x.shape[:-1] + w.shape[-1:], x.dtype)
-    run(pre, lambda: back.gemm(x.data, w.data, pre))
+    run(pre, lambda: back.gemm(x.data, w.data, pre, what="a = x @ w"))
     if bias is not None or row.name != "identity":
         forward, reads = _dense_graph(row, bias is not None), {"x": pre}
         if bias is not None:
             reads["b"] = bias.data if w.ndim == 2 else bias.data.reshape(w.shape[0], 1, w.shape[2])
         y = empty(back, pre.shape, x.dtype) if "x" in forward else pre
         writes = {"x": pre, "y": y} if "x" in forward else {"y": y}
-        what = f"y = {row.name}(x{' + b' if bias is not None else ''})"
+        z = "a + b" if bias is not None else "a"
+        what = f"y = {z}" if row.name == "identity" else f"y = {row.name}({z})"
         run(y, lambda: back.elementwise("bias activation", forward, reads, writes, what=what))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         dz = _activation_backward(row, bias, dy, pre, y, grads, back)
-        grads.write(w, lambda dw, accumulate: back.gemm(x.data, dz, dw, transpose_a=True, accumulate=accumulate))
-        grads.write(x, lambda dx, accumulate: back.gemm(dz, w.data, dx, transpose_b=True, accumulate=accumulate))
+        grads.write(w, lambda dw, accumulate: back.gemm(
+            x.data, dz, dw, transpose_a=True, accumulate=accumulate, what="dw = xᵀ @ da"))  # fmt: skip
+        grads.write(x, lambda dx, accumulate: back.gemm(
+            dz, w.data, dx, transpose_b=True, accumulate=accumulate, what="dx = da @ wᵀ"))  # fmt: skip
 
     return ops.result(y, (x, w, *rest), backprop)
 
@@ -74,12 +77,12 @@ def _activation_backward(
     graph = {"dz": row.backward_graph()}
     reads = {"dy": dy} | {k: v for k, v in (("x", pre), ("y", y)) if k in row.needs}
     if bias is not None and bias.requires_grad:
-        what = f"dz = {'dy' if row.name == 'identity' else f'{row.name}′ ⊙ dy'}; db = Σ_rows dz"
+        what = f"da = {'dy' if row.name == 'identity' else f'{row.name}′ ⊙ dy'}; db = Σ_rows da"
         grads.write(bias, lambda db, accumulate: back.elementwise_columns(
             "activation backward", graph, reads, dz, db, accumulate=accumulate, what=what))  # fmt: skip
     elif row.name != "identity":
         run(
-            dz, lambda: back.elementwise("activation backward", graph, reads, {"dz": dz}, what=f"dz = {row.name}′ ⊙ dy")
+            dz, lambda: back.elementwise("activation backward", graph, reads, {"dz": dz}, what=f"da = {row.name}′ ⊙ dy")
         )
     return dz
 

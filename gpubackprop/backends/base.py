@@ -131,15 +131,9 @@ class Backend(Protocol):
         """out = graph (…, rows, n) and columns = its sums over the rows (…, n), in one launch; out may be a read."""
 
     def gemm(
-        self,
-        a: Buffer,
-        b: Buffer,
-        out: Buffer,
-        *,
-        transpose_a: bool = False,
-        transpose_b: bool = False,
-        accumulate: bool = False,
-    ) -> Launch:
+        self, a: Buffer, b: Buffer, out: Buffer, *, transpose_a: bool = False, transpose_b: bool = False,
+        accumulate: bool = False, what: str = "",
+    ) -> Launch:  # fmt: skip
         """out = op(a) @ op(b), of matrices or of equal stacks of them; an operand without the stack axis serves all."""
 
     def copy(self, x: Buffer, out: Buffer, *, accumulate: bool = False) -> Launch:

@@ -153,7 +153,7 @@ class NumpyBackend:
 
     def gemm(
         self, a: Array, b: Array, out: Array, *, transpose_a: bool = False, transpose_b: bool = False,
-        accumulate: bool = False,
+        accumulate: bool = False, what: str = "",
     ) -> Launch:  # fmt: skip
         """out = op(a) @ op(b); see Backend."""
         _common("gemm", {"out": out}, {}, extra=(a, b))
@@ -163,7 +163,7 @@ class NumpyBackend:
         fits = right.shape[-2] == k and out.shape == (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), m, n)
         _expect("gemm", fits and out.ndim <= 3, f"{left.shape} @ {right.shape} into {out.shape}")
         product = np.dot if out.ndim == 2 else np.matmul  # dot reaches BLAS half a microsecond sooner
-        what = f"out {'+' * accumulate}= a{'ᵀ' * transpose_a} @ b{'ᵀ' * transpose_b}"
+        what = what or f"out {'+' * accumulate}= a{'ᵀ' * transpose_a} @ b{'ᵀ' * transpose_b}"
         calls = rows.adding(partial(product, left, right), out, accumulate)
         return _launch("gemm", what, {"a": a, "b": b}, {"out": out}, 2 * out.size * k, calls)
 
@@ -216,7 +216,7 @@ class NumpyBackend:
         def take() -> None:
             source.take(permutation[steps.offset : steps.offset + n], 0, out, "clip")
 
-        return _launch("feed", "out = source[permutation[batch]]", {"rows": out}, {"out": out}, 0, [take])
+        return _launch("feed", "the batch's rows of the data", {"rows": out}, {"out": out}, 0, [take])
 
     def softmax_cross_entropy(self, x: Array, target: Array, residual: Array, total: Array) -> Launch:
         """total and residual of the rows; see Backend."""
