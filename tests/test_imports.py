@@ -1,0 +1,70 @@
+"""The package's shape: imports point one way only, and importing it loads NumPy and nothing else heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "gpubackprop"
+
+# A module may import from its own level or a lower one.
+LEVELS = [
+    {"formulas"},
+    {"backends"},
+    {"plan"},
+    {"tensor", "ops"},
+    {"data", "fused", "gradients", "arena", "initializers"},
+    {"datasets", "predictor"},
+    {"model"},
+    {"layers", "losses", "metrics", "optimizers", "tables"},
+    {"step", "progress", "checkpoint"},
+    {"trainer"},
+    {"__init__"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def level(module: str) -> int:
+    return next(i for i, names in enumerate(LEVELS) if module in names)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a file imports, at the top or in a function; not those for the type checker alone."""
+    tree = ast.parse(path.read_text())
+    typing_only = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    skipped = {n for block in typing_only for n in ast.walk(block)}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in skipped and (node.module or "").startswith("gpubackprop"):
+            _, *parts = node.module.split(".")
+            found |= {parts[0]} if parts else {a.name for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("gpubackprop.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    known = set().union(*LEVELS)
+    assert own in known, "a new module: give it a level"
+    assert {m for m in imported(path) & known if level(m) > level(own)} == set(), f"{own} imports from above itself"
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_loads_nothing_heavy():
+    code = "import sys, gpubackprop; print([m for m in {} if m in sys.modules])".format(
+        ("tqdm", "click", "safetensors", "importlib.metadata", "cupy", "csv", "json", "numpy.testing")
+    )
+    assert run_python(code) == "[]"
+
+
+def test_importing_costs_at_most_60_ms_over_numpy():
+    code = "import time, numpy; t = time.perf_counter(); import gpubackprop; print(time.perf_counter() - t)"
+    assert min(float(run_python(code)) for _ in range(5)) <= 0.060
