@@ -11,7 +11,7 @@ import numpy.typing as npt
 __all__ = ["INITIALIZERS", "constant", "draw"]
 
 Shape = tuple[int, ...]
-Initializer = Callable[[Shape, np.random.Generator], Any]
+Initializer = Callable[[Shape, "np.random.Generator"], Any]  # a string: numpy.random takes 10 ms to import
 
 
 def draw(
@@ -42,7 +42,7 @@ def constant(value: npt.ArrayLike) -> Initializer:
 def _scaled(gain: float, fans: Callable[[int, int], float], uniform: bool) -> Initializer:
     """Mean 0, variance gain / fans(fan_in, fan_out); a weight is (in, out)."""
 
-    def initialize(shape: Shape, generator: np.random.Generator) -> Any:
+    def initialize(shape: Shape, generator: "np.random.Generator") -> Any:
         fan_in, fan_out = (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], shape[0])
         deviation = math.sqrt(gain / fans(fan_in, fan_out))
         if uniform:
