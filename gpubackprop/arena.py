@@ -21,7 +21,7 @@ class Parameter(Tensor):
     With trainable=False it is state that training does not step (running statistics, a scaler).
     """
 
-    __slots__ = ("_shape", "init", "settled", "trainable", "value")
+    __slots__ = ("_shape", "home", "init", "settled", "trainable", "value")
 
     def __init__(self, shape: tuple[int, ...], init: Any = "zeros", *, trainable: bool = True) -> None:
         if any(not isinstance(n, int | np.integer) or n < 1 for n in shape):
@@ -31,6 +31,7 @@ class Parameter(Tensor):
         self.init = init
         self.trainable = trainable
         self.value: npt.NDArray[Any] | None = None  # kept here while there is no arena
+        self.home: Arena | None = None
         self.settled = False  # whether its value was asked for, by a seed, a state or training
 
     @property
@@ -77,7 +78,7 @@ class Arena:
         self._gradients: Buffer | None = None
         for key, p in self.parameters.items():
             value = p.host_value()
-            p.data, p.backend = self.slice(self.weights, key), backend
+            p.data, p.backend, p.home = self.slice(self.weights, key), backend, self
             if value is not None:
                 p.data[...] = backend.asarray(value, self.dtype)
             p.value = p.grad_buffer = None

@@ -153,7 +153,7 @@ class Scaler(Layer):
         rows = as_features(x, "float64", self.inputs, "Scaler.fit")
         deviation = rows.std(0)
         self.mean.init, self.scale.init = rows.mean(0), np.where(deviation > 0, deviation, 1.0)
-        _ = self._bound or self._lay_out()
+        self.homes()
         self._draw(0, ["mean", "scale"])
         return self
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gpubackprop import initializers, ops
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import StepTable
+from gpubackprop.backends.base import Backend, StepTable
 from gpubackprop.data import as_features
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
@@ -80,8 +80,8 @@ class Layer:
     head: str | None = None  # what turns outputs into probabilities: "softmax" or "sigmoid"; the Trainer sets it
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     seed: int | None = None  # of the drawn weights; None while they are not drawn
-    _arenas: tuple[Arena, Arena] | None = None  # trained and not; the outermost layer's only
-    _bound = False  # whether this layer's parameters lie in an arena, its own or an outer layer's
+    _arenas: tuple[Arena, Arena] | None = None  # trained and not
+    _bound = False  # whether this layer's parameters lie in arenas, its own or an outer layer's
     _path = ""
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -100,7 +100,7 @@ class Layer:
 
     def __call__(self, x: Any) -> Tensor:
         if not self._bound:
-            self._lay_out()
+            self._own()
         if not isinstance(x, Tensor):
             x = self._as_input(x)
         if recording() is None:
@@ -154,7 +154,7 @@ class Layer:
         self._lay_out(device)
         return self
 
-    def _lay_out(self, device: str = "cpu") -> tuple[Arena, Arena]:
+    def _lay_out(self, device: str) -> tuple[Arena, Arena]:
         """One arena for the trained parameters and one for the others; values are kept, missing ones drawn (seed 0)."""
         if np.dtype(self.dtype) not in FLOATS:
             raise TypeError(f"{type(self).__name__}: dtype {self.dtype} is not supported; choose from float32, float64")
@@ -164,20 +164,37 @@ class Layer:
         self._arenas = arenas = Arena(trained, backend, self.dtype), Arena(others, backend, self.dtype)
         for path, layer in self.named_layers():
             layer._bound, layer._path = True, path
-            if layer is not self:
-                layer._arenas = None
         self._draw(0, undrawn)
         return arenas
+
+    def _own(self) -> tuple[Arena, Arena]:
+        """This layer's arenas, with all its parameters: laid out anew if another model or a change took some away."""
+        homes = [p.home for p in self.named_parameters().values()]
+        if self._arenas is None or any(h is not self._arenas[0] and h is not self._arenas[1] for h in homes):
+            return self._lay_out(next((h.backend.device for h in homes if h is not None), "cpu"))
+        return self._arenas
 
     @property
     def arena(self) -> Arena:
         """The trained parameters."""
-        return (self._arenas or self._lay_out())[0]
+        return self._own()[0]
 
     @property
     def statistics(self) -> Arena:
         """The parameters that training does not step."""
-        return (self._arenas or self._lay_out())[1]
+        return self._own()[1]
+
+    def homes(self) -> tuple[Arena, ...]:
+        """The arenas that hold the parameters: this model's, or those of a model it is a part of."""
+        if not self._bound:
+            self._own()
+        return tuple(dict.fromkeys(p.home for p in self.named_parameters().values() if p.home is not None))
+
+    @property
+    def backend(self) -> Backend:
+        """Where the parameters live."""
+        homes = self.homes()
+        return homes[0].backend if homes else get_backend("cpu")
 
     def initialize(self, seed: int | None = None, *, missing: bool = False) -> "Layer":
         """Draw every parameter, keyed by the seed and its name; None draws a fresh seed. `.seed` records it.
@@ -203,12 +220,12 @@ class Layer:
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Every parameter as a NumPy array (a copy), by name."""
-        _ = self._bound or self._lay_out()
+        _ = self._bound or self._own()
         return {k: p.backend.to_numpy(p.data) for k, p in self.named_parameters().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Write the arrays into the parameters, in place; if a name or shape is not the model's, write nothing."""
-        _ = self._bound or self._lay_out()
+        _ = self._bound or self._own()
         named = self.named_parameters()
         if missing := [k for k in named if k not in state]:
             raise ValueError(f"load_state_dict: {missing[0]!r} is missing; the model has {', '.join(named)}")
@@ -229,11 +246,10 @@ class Layer:
 
     # ---- inference
 
-    def _as_input(self, x: Any, where: str | None = None) -> Tensor:
-        parameter = next(iter(self.named_parameters().values()), None)
-        backend = parameter.backend if parameter is not None else get_backend("cpu")
-        rows = as_features(x, self.dtype, self.inputs, where or type(self).__name__)
-        return Tensor(backend.asarray(rows), backend)
+    def _as_input(self, x: Any) -> Tensor:
+        homes = self.homes()
+        rows = as_features(x, homes[0].dtype if homes else self.dtype, self.inputs, self._path or type(self).__name__)
+        return Tensor(self.backend.asarray(rows), self.backend)
 
     def predict(self, x: Any) -> npt.NDArray[Any]:
         """The raw output for every row of x (logits, for a classifier), without training behaviour."""

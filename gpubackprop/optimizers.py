@@ -13,9 +13,10 @@ from gpubackprop.backends.base import Buffer, StepTable
 from gpubackprop.formulas import RULES, Expr, Rule, describe, evaluate, free_names, hoist, parse
 from gpubackprop.plan import run
 
-__all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "Optimizer", "State"]
+__all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "HostMoments", "Optimizer", "State"]
 
 Floats = npt.NDArray[np.float64]
+HostMoments = dict[str, dict[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,17 @@ class State:
             writes["p"], lambda: self.arena.backend.elementwise(rule.name, graph, reads, writes, table=table, what=what)
         )
 
-    def state_buffers(self) -> list[Buffer]:
-        """The moments."""
-        return list(self.moments.values())
+    def host(self) -> HostMoments:
+        """The moments as NumPy arrays, by moment and parameter."""
+        arena, read = self.arena, self.arena.backend.to_numpy
+        return {m: {k: read(arena.slice(buffer, k)) for k in arena.parameters} for m, buffer in self.moments.items()}
+
+    def load(self, moments: HostMoments) -> None:
+        """Write moments that `host` gave; parameters it did not know stay at zero."""
+        arena = self.arena
+        for m, values in moments.items():
+            for key in values.keys() & arena.parameters.keys():
+                arena.slice(self.moments[m], key)[...] = arena.backend.asarray(values[key], arena.dtype)
 
 
 _NUMPY: dict[str, Any] = {

@@ -24,20 +24,21 @@ class Predictor:
 
     def __init__(self, model: "Layer") -> None:
         self.model = model
-        self.key: tuple[Arena, int, int] | None = None
+        self.key: tuple[Any, ...] | None = None
         self.lock = threading.Lock()  # the plan's buffers serve one call at a time
 
     def __call__(self, x: Any) -> npt.NDArray[Any]:
         """The output for every row of x."""
-        rows = as_features(x, self.model.dtype, self.model.inputs, "predict")
+        homes = self.model.homes()
+        rows = as_features(x, homes[0].dtype if homes else self.model.dtype, self.model.inputs, "predict")
         with self.lock:
-            return self._predict(rows)
+            return self._predict(rows, homes)
 
-    def _predict(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _predict(self, rows: npt.NDArray[Any], homes: tuple["Arena", ...]) -> npt.NDArray[Any]:
         n = min(len(rows), CHUNK_ROWS)
-        if self.key is None or self.key[0] is not self.model.arena or self.key[1:] != (n, rows.shape[1]):
+        if self.key != (homes, n, rows.shape[1]):
             self._record(rows[:n])
-            self.key = self.model.arena, n, rows.shape[1]
+            self.key = homes, n, rows.shape[1]
         out = np.empty((len(rows), *self.output.shape[1:]), self.output.dtype)
         for start in range(0, len(rows), n):
             part = rows[start : start + n]
@@ -47,7 +48,7 @@ class Predictor:
         return out
 
     def _record(self, rows: npt.NDArray[Any]) -> None:
-        self.backend = self.model.arena.backend
+        self.backend = self.model.backend
         self.plan = Plan(self.backend, f"predict, {len(rows)} rows")
         self.x = self.backend.empty(rows.shape, rows.dtype)
         self.x[...] = self.backend.asarray(rows)

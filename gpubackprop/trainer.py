@@ -13,7 +13,7 @@ from gpubackprop.data import as_features, check_same_length
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
 from gpubackprop.model import Layer, Mode, fresh_seed, mode
-from gpubackprop.optimizers import OPTIMIZERS, Optimizer, State
+from gpubackprop.optimizers import OPTIMIZERS, HostMoments, Optimizer, State
 from gpubackprop.plan import Plan
 from gpubackprop.progress import Bar, Interrupts
 from gpubackprop.step import Keeper, Source, Step, Sums
@@ -70,12 +70,13 @@ class Trainer:
         model.initialize(self.seed, missing=True)
         model.head = self.objective.head
 
-    def _prepare(self, device: str) -> None:
+    def _prepare(self, device: str, moments: HostMoments | None = None) -> None:
         """Everything that lives on the device."""
         self.backend = get_backend(device)
         if self.model.arena.backend is not self.backend:
             self.model.to(self.backend.device)
         self.state = State(self.optimizer, self.model.arena)
+        self.state.load(moments or {})
         self._space = Workspace()
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
@@ -83,18 +84,13 @@ class Trainer:
 
     def __getstate__(self) -> dict[str, Any]:
         device = {"backend", "state", "_space", "_steps", "_sums", "_table"}
-        moments = {k: self.backend.to_numpy(b) for k, b in self.state.moments.items()}
-        return {k: v for k, v in vars(self).items() if k not in device} | {
-            "device": self.backend.device,
-            "moments": moments,
-        }
+        kept = {k: v for k, v in vars(self).items() if k not in device}
+        return kept | {"device": self.backend.device, "moments": self.state.host()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         device, moments = kept.pop("device"), kept.pop("moments")
         vars(self).update(kept)
-        self._prepare(device)
-        for key, value in moments.items():
-            self.state.moments[key][...] = self.backend.asarray(value)
+        self._prepare(device, moments)
 
     # ---- training
 
@@ -111,6 +107,8 @@ class Trainer:
         terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
         """
         _at_least_one("fit", epochs=epochs, batch_size=batch_size)
+        if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
+            self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")
         held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
         callbacks = list(callbacks)

@@ -1,14 +1,11 @@
 """Where tensors live: `get_backend(device)` gives the backend of a device string."""
 
-import logging
 import re
 from functools import cache
 
 from gpubackprop.backends.base import Backend, Launch
 
 __all__ = ["Backend", "Launch", "get_backend", "why_not_cuda"]
-
-log = logging.getLogger("gpubackprop")
 
 
 def get_backend(device: str = "auto") -> Backend:
@@ -44,5 +41,7 @@ def _numpy() -> Backend:
 
 @cache
 def _auto() -> Backend:
-    log.info("device 'auto' is the CPU: %s", why_not_cuda())
+    import logging
+
+    logging.getLogger("gpubackprop").info("device 'auto' is the CPU: %s", why_not_cuda())
     return _numpy()
