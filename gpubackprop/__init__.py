@@ -9,6 +9,7 @@
 from gpubackprop import datasets
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
+from gpubackprop.checkpoint import load_model, save_model
 from gpubackprop.data import split
 from gpubackprop.formulas import register_activation
 from gpubackprop.fused import (
@@ -83,9 +84,9 @@ __all__ = [
     "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Optimizer",
     "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
     "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
-    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "log", "log1p",
-    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply",
-    "neg", "power", "register_activation", "relu", "reshape", "sigmoid", "sin", "softmax", "softmax_cross_entropy",
-    "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training", "transpose", "value_and_grad",
-    "where",
+    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log",
+    "log1p", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
+    "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "sigmoid", "sin", "softmax",
+    "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
+    "transpose", "value_and_grad", "where",
 ]  # fmt: skip

@@ -1,9 +1,7 @@
 """Model files: safetensors with the architecture as JSON beside the arrays; reading one executes nothing it holds."""
 
 import inspect
-import json
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gpubackprop import __version__
 from gpubackprop.backends import get_backend
 from gpubackprop.formulas import ACTIVATIONS, Activation, register_activation
-from gpubackprop.layers import CLASSES, Layer
+from gpubackprop.model import CLASSES, Layer
 
 __all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write_file"]
 
@@ -39,6 +36,12 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     """
     if not isinstance(model, Layer):
         raise TypeError(f"save_model: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])")
+    import json
+
+    from safetensors.numpy import save
+
+    from gpubackprop import __version__
+
     check_writable(path)
     state = model.state_dict()
     header = {
@@ -61,9 +64,6 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     if difference := _difference({k: a.shape for k, a in state.items()}, made):
         remedy = "a file holds what constructors are given, so add layers and parameters there"
         raise ValueError(f"save_model: the model has {difference} when made anew; {remedy}")
-
-    from safetensors.numpy import save
-
     write_file(path, save(state, {ENTRY: text}))
 
 
@@ -115,6 +115,8 @@ def _opened(path: PathLike, where: str) -> Iterator[tuple[dict[str, Any], Any]]:
 
 
 def _header(text: str | None, where: str) -> dict[str, Any]:
+    import json
+
     if text is None:
         remedy = "load its arrays with safetensors.numpy.load_file and model.load_state_dict"
         raise ValueError(f"{where}: is safetensors but not a file of gb.save_model; {remedy}")
@@ -301,4 +303,4 @@ def write_file(path: PathLike, data: bytes) -> None:
 
 
 def _temporary(real: Path) -> Path:
-    return real.with_name(f".{real.name[:100]}.{secrets.token_hex(4)}.tmp")
+    return real.with_name(f".{real.name[:100]}.{os.urandom(4).hex()}.tmp")

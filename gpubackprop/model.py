@@ -282,7 +282,7 @@ class Layer:
     def describe(self) -> str:
         """One line about the layer itself."""
         arguments, keywords = self.arguments
-        parts = [a if isinstance(a, str) else repr(a) for a in arguments if not isinstance(a, Layer)]
+        parts = [str(a) for a in arguments if not isinstance(a, Layer)]
         parts += [f"{k}={v}" for k, v in keywords.items() if not isinstance(v, Layer)]
         return f"{type(self).__name__}({', '.join(parts)})"
 

@@ -121,8 +121,8 @@ class State:
     def table_rows(self, first: int, steps: int) -> dict[str, Floats]:
         """Each scalar at the steps first, first + 1, … (counted from 1), in float64."""
         t = np.arange(first, first + steps, dtype=np.float64)
-        constants = self.optimizer.constants
-        values: dict[str, Any] = constants | {f"{k}_t": v**t for k, v in constants.items()}
+        values: dict[str, Any] = dict(self.optimizer.constants)
+        values |= {n: values[n[:-2]] ** t for n in free_names(*self.scalars.values()) if n.endswith("_t")}
         return {k: np.broadcast_to(evaluate(e, values, _NUMPY), t.shape) for k, e in self.scalars.items()}
 
     def record(self, table: StepTable, *, before: bool = False) -> None:

@@ -1,0 +1,321 @@
+"""The command `gpubackprop`: options, what is printed, and errors as one line.
+
+Exit status: 0; 2 for bad input (options, data, model files, paths); 1 when something else fails (training diverges, a
+device does not work, the disk is full); 130 after Ctrl-C.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from gpubackprop import __version__, datasets, runs
+from gpubackprop.checkpoint import check_writable, load_model, read_metadata, save_model, write_file
+from gpubackprop.formulas import ACTIVATIONS
+from gpubackprop.layers import Layer, mlp
+from gpubackprop.optimizers import OPTIMIZERS
+from gpubackprop.runs import RATES, Recipe, Run
+from gpubackprop.trainer import Trainer, TrainingDiverged
+
+__all__ = ["main"]
+
+BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+             PermissionError)  # fmt: skip
+INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+
+
+# ---- the group and its errors --------------------------------------------------------------------------------------
+
+
+class Commands(click.Group):
+    """Commands whose library errors end as one line and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own ways to end
+        except BAD_INPUT as error:
+            _fail(str(error), 2)
+        except TrainingDiverged as error:
+            _fail(f"{error}; nothing was saved", 1)
+        except (RuntimeError, OSError, MemoryError) as error:
+            _fail(str(error) or type(error).__name__, 1)
+        except KeyboardInterrupt:
+            _fail("interrupted; no file is left half written", INTERRUPTED)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    """End with one line on stderr."""
+    click.echo(f"gpubackprop: {' '.join(message.split())}", err=True)
+    raise click.exceptions.Exit(status)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="gpubackprop", message="%(prog)s %(version)s")
+def main() -> None:
+    """Train dense networks on tables and look into every step of it.
+
+    \b
+    Start with:
+      gpubackprop train digits --out digits.safetensors
+      gpubackprop evaluate digits.safetensors digits
+      gpubackprop explain digits.safetensors
+    """
+
+
+def _sizes(text: str | None, option: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(",")) if text and text.strip() else ()
+    except ValueError:
+        sizes = (0,)
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"{option}: got {text!r}, expected positive integers between commas, such as 128,64")
+    return sizes
+
+
+def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options of those names, in order, with the recipe's defaults."""
+    choose = click.Choice
+    rates = ", ".join(f"{k} {a:g}" + f" ({b:g} for numbers)" * (a != b) for k, (a, b) in RATES.items())
+    every: dict[str, tuple[Any, str]] = {
+        "hidden": (str, "Units of each hidden layer, between commas; \"\" for none."),
+        "activation": (choose(list(ACTIVATIONS)), "Activation of the hidden layers."),
+        "dropout": (float, "Share of hidden units dropped in training.  [default: 0.5 for classes, 0 for numbers]"),
+        "epochs": (int, "Passes over the training rows."),
+        "batch_size": (int, "Rows per step."),
+        "optimizer": (choose(list(OPTIMIZERS)), "Update rule."),
+        "lr": (float, f"Learning rate.  [default: {rates}]"),
+        "seed": (click.IntRange(min=0), "Keys the split, the weights, the order of rows and dropout."),
+        "test": (float, "Fraction of the rows held out."),
+        "dtype": (choose(["float32", "float64"]), "Type of weights and data."),
+        "device": (str, "auto, cpu, cuda or cuda:N."),
+    }  # fmt: skip
+    defaults = {f.name: f.default for f in fields(Recipe)} | {"hidden": ",".join(map(str, Recipe.hidden))}
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for name in reversed(names):
+            kind, text = every[name]
+            default = defaults[name]
+            option = click.option(f"--{name.replace('_', '-')}", type=kind, default=default, help=text,
+                                  show_default=default is not None)  # fmt: skip
+            command = option(command)
+        return command
+
+    return add
+
+
+_force = click.option("--force", is_flag=True, help="Replace the file of --out if it exists.")
+_json = click.option("--json", "json_path", metavar="FILE", help="Write the figures to this file.")
+
+
+# ---- train, evaluate, predict --------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("data")
+@click.option("--target", metavar="NAME", help="The column of a CSV to learn.")
+@click.option("--task", type=click.Choice(["classification", "regression"]),
+              help="What the target means.  [default: text and integers are classes, floats numbers]")  # fmt: skip
+@_options("hidden", "activation", "dropout", "epochs", "batch_size", "optimizer", "lr", "seed", "test")
+@_options("dtype", "device")
+@click.option("--scale/--no-scale", default=None,
+              help="Bring columns to mean 0, variance 1 inside the model.  [default: on, but for digits]")  # fmt: skip
+@click.option("--out", metavar="FILE", help="Save the model here (safetensors).")
+@_force
+@_json
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def train(
+    data: str, target: str | None, task: Any, hidden: str, out: str | None, force: bool, json_path: str | None,
+    quiet: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Train a network on DATA and measure it on rows held out.
+
+    DATA is a bundled set (digits, regression7), an .npz with arrays x and y, or a .csv with a header and --target. The
+    same command prints the same figures again: everything random follows --seed.
+
+    \b
+    Examples:
+      gpubackprop train digits
+      gpubackprop train iris.csv --target species --hidden 32,32 --out iris.safetensors
+    """
+    recipe = Recipe(hidden=_sizes(hidden, "--hidden"), **settings)
+    _check_outputs(out, force, json_path, data)
+    run = Run(data, runs.read(data, target, task), recipe)
+    say = _silent if quiet else _say
+    for label, text in run.lines():
+        say(label, text)
+    try:
+        run.fit(False if quiet else None)
+    except KeyboardInterrupt:
+        _fail(_keep(run, out), INTERRUPTED)
+    measured = run.figures()
+    for part, values in measured.items():
+        say(part.replace("_", " "), _figures(values))
+    say("time", f"{run.seconds:.1f} s")
+    if out:
+        save_model(run.model, out, extra=run.extra)
+        say("saved", out)
+    _write_json(json_path, {**run.report(), **measured, "out": out})
+
+
+@main.command()
+@click.argument("model")
+@click.argument("data")
+@click.option("--all", "every", is_flag=True, help="Every row of a bundled set, also those trained on.")
+@_options("device")
+@_json
+def evaluate(model: str, data: str, every: bool, device: str, json_path: str | None) -> None:
+    """Measure a saved MODEL on DATA.
+
+    On the bundled set that the model was trained on these are the rows held out then, so that the line is train's. Of a
+    file it is every row; a .csv needs the columns of the training file by name, an .npz the arrays x and y.
+
+    \b
+    Example:
+      gpubackprop evaluate digits.safetensors digits
+    """
+    _check_outputs(None, False, json_path, data, model)
+    network, extra = load_model(model, device), read_metadata(model)["extra"]
+    table = runs.read_for(network, data, extra)
+    if table.y is None:
+        raise ValueError(f"{data}: has no target to compare with; add the column or array, or use predict")
+    part = None if every else runs.held_out(data, table, extra)
+    x, y = (table.x, table.y) if part is None else part
+    values = runs.figures(network, x, y, device)
+    label = "all rows" if part is None else "held out"
+    _say(label, _figures(values))
+    _write_json(json_path, {"model": model, "data": data, "rows": len(x), "part": label.replace(" ", "_"), **values})
+
+
+@main.command()
+@click.argument("model")
+@click.argument("data")
+@click.option("--out", required=True, metavar="FILE", help="A .csv, .npz or .npy file for the predictions.")
+@_force
+@_options("device")
+def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
+    """Write a saved MODEL's predictions for DATA.
+
+    Every row of DATA has one; the target may be absent. A .csv has one line per row: the prediction, and for classes
+    the probability of each. An .npz has the arrays prediction, probability and classes; an .npy the predictions alone.
+
+    \b
+    Example:
+      gpubackprop predict iris.safetensors new.csv --out predictions.csv
+    """
+    kind = runs.kind_of(out)
+    _check_outputs(out, force, None, data, model)
+    network, extra = load_model(model, device), read_metadata(model)["extra"]
+    table = runs.read_for(network, data, extra)
+    write_file(out, runs.predict(network, table.x, extra.get("classes")).encode(kind))
+    _say("saved", f"{out}: {len(table.x):,} predictions")
+
+
+# ---- explain, kernels, info ----------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--sizes", help="Instead of a MODEL: columns, hidden units and outputs of a new network, between commas.")
+@_options("activation", "dropout", "optimizer", "batch_size", "dtype", "device")
+def explain(model: str | None, sizes: str | None, batch_size: int, device: str, **settings: Any) -> None:
+    """Print a training step as the table of its launches.
+
+    Each has its equation, the shapes it reads and writes, its flops and bytes; nothing is trained. Without MODEL and
+    --sizes it is the step of `gpubackprop train digits`. --activation, --dropout and --dtype describe a new network; a
+    saved one has its own.
+
+    \b
+    Examples:
+      gpubackprop explain
+      gpubackprop explain --sizes 64,128,10 --activation gelu --batch-size 256
+    """
+    recipe = Recipe(**settings)
+    if model and sizes:
+        raise ValueError("explain: got a MODEL and --sizes, expected one of them; leave one out")
+    if model:
+        network: Layer = load_model(model, device)
+        loss = runs.trained_loss(network)
+    else:
+        layout = list(_sizes(sizes, "--sizes")) or [64, *Recipe.hidden, 10]
+        rate = recipe.dropout_for("classification")
+        network, loss = mlp(layout, recipe.activation, dropout=rate, dtype=recipe.dtype), "cross_entropy"
+    optimizer = OPTIMIZERS[recipe.optimizer]()
+    click.echo(str(Trainer(network, loss, optimizer, device=device, seed=0).plan(batch_size)))
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--dtype", default="float32", show_default=True, help="float32, float64, float16 or bfloat16.")
+def kernels(name: str | None, dtype: str) -> None:
+    """Print the CUDA source of kernel NAME, or all names.
+
+    \b
+    Examples:
+      gpubackprop kernels
+      gpubackprop kernels gelu --dtype float16
+    """
+    from gpubackprop.backends import codegen
+
+    click.echo("\n".join(codegen.names()) if name is None else codegen.source(name, dtype))
+
+
+@main.command()
+def info() -> None:
+    """Print versions and devices, for a bug report.
+
+    \b
+    Example:
+      gpubackprop info
+    """
+    for label, text in runs.versions():
+        _say(label, text)
+
+
+# ---- printing and files --------------------------------------------------------------------------------------------
+
+
+def _say(label: str, text: str) -> None:
+    click.echo(f"{label:<11} {text}")
+
+
+def _silent(label: str, text: str) -> None:
+    pass
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:{'.4f' if name == 'accuracy' else '.6g'}}" for name, value in values.items())
+
+
+def _keep(run: Run, out: str | None) -> str:
+    """Save what an interrupted run has learnt; the line that says so."""
+    done = run.trainer.epoch
+    if not done:
+        return "interrupted in the first epoch; nothing was saved"
+    progress = f"interrupted after {done} of {run.recipe.epochs} epochs"
+    if out is None:
+        return f"{progress}; nothing was saved (there is no --out)"
+    save_model(run.model, out, extra=run.extra)
+    return f"{progress}; the model as it stands was saved to {out}"
+
+
+def _check_outputs(out: str | None, force: bool, json_path: str | None, *inputs: str) -> None:
+    """Raise before any work if a file cannot be written, exists without --force, or is one that is read."""
+    taken = {os.path.realpath(path): f"the input {path}" for path in inputs if path not in datasets.NAMES}
+    for path in filter(None, (out, json_path)):
+        real = str(check_writable(path))
+        if real in taken:
+            raise ValueError(f"{path}: is {taken[real]}, which would be lost; give another name")
+        taken[real] = "the file of --out"
+    if out and not force and Path(out).exists():
+        raise FileExistsError(f"{out}: exists; use --force to replace it, or another name")
+
+
+def _write_json(path: str | None, report: Mapping[str, Any]) -> None:
+    if path:
+        write_file(path, (json.dumps(report, indent=1) + "\n").encode())

@@ -1,0 +1,299 @@
+"""Runs: what the command line does, without printing: data by name or file, training by a recipe, predictions."""
+
+import csv
+import io
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpubackprop import __version__, datasets
+from gpubackprop.backends import why_not_cuda
+from gpubackprop.data import split
+from gpubackprop.layers import Layer, Scaler, Sequential, mlp
+from gpubackprop.optimizers import OPTIMIZERS
+from gpubackprop.tables import Table, Task, read_table
+from gpubackprop.trainer import Trainer
+
+__all__ = ["RATES", "Prediction", "Recipe", "Run", "figures", "held_out", "kind_of", "predict", "read", "read_for",
+           "trained_loss", "versions"]  # fmt: skip
+
+Array = NDArray[Any]
+
+LOSSES = {"softmax": "cross_entropy", "sigmoid": "bce", "identity": "mse"}  # by what turns outputs into probabilities
+RATES = {"adam": (3e-3, 3e-3), "adamw": (3e-3, 3e-3), "sgd": (0.1, 5e-3)}  # for classes, for numbers
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is made and trained; the defaults are tuned on the digits.
+
+    None leaves the choice to the run: dropout 0.5 for classes and 0 for numbers, `lr` of RATES (or the optimizer's
+    own), and a scaler for all but the bundled digits, whose pixels lie in [0, 1].
+    """
+
+    hidden: tuple[int, ...] = (256,)
+    activation: str = "relu"
+    dropout: float | None = None
+    epochs: int = 40
+    batch_size: int = 32
+    optimizer: str = "adam"
+    lr: float | None = None
+    seed: int = 0
+    test: float = 0.2
+    scale: bool | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+
+    def dropout_for(self, task: Task) -> float:
+        """The rate, chosen by the task if it was left open: dropping units out blurs numbers more than it helps."""
+        return self.dropout if self.dropout is not None else 0.5 if task == "classification" else 0.0
+
+    def rate_for(self, task: Task) -> float:
+        """The learning rate, chosen by the optimizer and the task if it was left open."""
+        own = OPTIMIZERS[self.optimizer].lr
+        return self.lr if self.lr is not None else RATES.get(self.optimizer, (own, own))[task == "regression"]
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------
+
+
+def read(data: str, target: str | None = None, task: Task | None = None) -> Table:
+    """The table to train on: a bundled set by its name, or a file."""
+    if data not in datasets.NAMES:
+        return read_table(data, target, task)
+    if target or task:
+        option = "--target" if target else "--task"
+        raise ValueError(f"{data}: is a bundled set, whose target and task are known; leave out {option}")
+    x, y = datasets.load(data)
+    if y.dtype.kind == "f":
+        return Table(x, y.reshape(len(y), -1), task="regression")
+    return Table(x, y, task="classification", classes=[str(i) for i in range(int(y.max()) + 1)])
+
+
+def read_for(model: Layer, data: str, extra: Mapping[str, Any]) -> Table:
+    """The table as the model reads it: its columns by name, its classes by number."""
+    if data in datasets.NAMES:
+        return read(data)
+    task: Task = "regression" if trained_loss(model) == "mse" else "classification"
+    classes = extra.get("classes")
+    if task == "classification" and classes is None and model.inputs:  # of gb.save_model: its labels are numbers
+        outputs = model.predict(np.zeros((1, model.inputs))).shape[1]
+        classes = [str(i) for i in range(max(outputs, 2))]
+    return read_table(data, extra.get("target"), task, classes, extra.get("columns"))
+
+
+def held_out(data: str, table: Table, extra: Mapping[str, Any]) -> tuple[Array, Array] | None:
+    """The rows that the run which wrote `extra` held out of this data, if it is a bundled set it was trained on."""
+    if data not in datasets.NAMES or extra.get("data") != data or not {"test", "seed"} <= extra.keys():
+        return None
+    _, x, _, y = split(table.x, table.y, test=extra["test"], seed=extra["seed"])
+    return x, y
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A table split by the recipe's seed, and a network that is trained on one part and measured on both.
+
+    Numbers are learnt in units of their own spread, so that a learning rate means the same for every table; the model
+    that is measured and saved ends in the scaler that turns its output back.
+    """
+
+    def __init__(self, data: str, table: Table, recipe: Recipe) -> None:
+        if table.y is None or table.task is None:
+            names = f", one of {', '.join(table.columns)}" if table.columns else ""
+            remedy = f"name its column with --target{names}" if names else "add an array y"
+            raise ValueError(f"{data}: has no target to learn; {remedy}")
+        self.data, self.table, self.recipe, self.task = data, table, recipe, table.task
+        self.x, self.x_test, self.y, self.y_test = split(table.x, table.y, test=recipe.test, seed=recipe.seed)
+        outputs = len(table.classes) if table.classes else table.y.shape[1]
+        self.sizes = [table.x.shape[1], *recipe.hidden, outputs]
+        self.lr, self.dropout = recipe.rate_for(self.task), recipe.dropout_for(self.task)
+        layers = list(mlp(self.sizes, recipe.activation, dropout=self.dropout).layers)
+        if recipe.scale if recipe.scale is not None else data != "digits":
+            layers.insert(0, self._scaler(self.x))
+        self._back = self._scaler(self.y, inverse=True) if self.task == "regression" else None
+        self.model: Layer = Sequential(*layers, dtype=recipe.dtype)
+        self.loss = "mse" if self._back else "cross_entropy"
+        optimizer = OPTIMIZERS[recipe.optimizer](lr=self.lr)
+        self.trainer = Trainer(self.model, self.loss, optimizer, device=recipe.device, seed=recipe.seed)
+        self.seconds = 0.0
+
+    def _scaler(self, rows: Array, inverse: bool = False) -> Scaler:
+        scaler = Scaler(rows.shape[1], inverse=inverse)
+        scaler.dtype = self.recipe.dtype
+        return scaler.fit(rows)
+
+    def fit(self, progress: bool | None = None) -> None:
+        """Train; when it ends, also by Ctrl-C, `model` is the network in the data's own units."""
+        y, back, begun = self.y, self._back, time.perf_counter()
+        if back is not None:
+            y = (y - back.state_dict()["mean"]) / back.state_dict()["scale"]
+        try:
+            self.trainer.fit(self.x, y, self.recipe.epochs, self.recipe.batch_size, progress=progress)
+        finally:
+            self.seconds = time.perf_counter() - begun
+            if back is not None and isinstance(self.model, Sequential):
+                self.model = Sequential(*self.model.layers, back, dtype=self.recipe.dtype)
+                self.model.head = "identity"
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Loss and metric on the rows trained on and on those held out."""
+        parts = {"train": (self.x, self.y), "held_out": (self.x_test, self.y_test)}
+        return {k: figures(self.model, *part, self.trainer.backend.device) for k, part in parts.items()}
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What a model file keeps of the run."""
+        table = self.table
+        return {
+            "data": Path(self.data).name, "task": self.task, "target": table.target, "columns": table.columns,
+            "classes": table.classes, "test": self.recipe.test, "seed": self.recipe.seed, "epochs": self.trainer.epoch,
+        }  # fmt: skip
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What is about to be trained, in labelled lines."""
+        recipe, table, device = self.recipe, self.table, self.trainer.backend.device
+        hint = " (`gpubackprop info` says why not CUDA)" if device == "cpu" and recipe.device == "auto" else ""
+        goal = f"{len(table.classes)} classes" if table.classes else _count(self.sizes[-1], "target")
+        named = f" in {table.target!r}" if table.target else ""
+        dropout = f", dropout {self.dropout:g}" if self.dropout and recipe.hidden else ""
+        layout, batch = "-".join(map(str, self.sizes)), min(recipe.batch_size, len(self.x))
+        weights = f"{self.model.parameter_count:,} parameters, {recipe.dtype}"
+        rule = f"{recipe.optimizer}, learning rate {self.lr:g}"
+        return [
+            ("device", device + hint),
+            ("data", f"{self.data}: {len(table.x):,} rows, {_count(self.sizes[0], 'column')}, {goal}{named}"),
+            ("split", f"{len(self.x):,} rows to train, {len(self.x_test):,} held out, seed {recipe.seed}"),
+            ("network", f"{layout}, {recipe.activation}{dropout}, {weights}"),
+            ("training", f"{recipe.epochs} epochs in batches of {batch}, {rule}"),
+        ]
+
+    def report(self) -> dict[str, Any]:
+        """Everything about the run but the figures, as JSON holds it."""
+        recipe = asdict(self.recipe) | {"lr": self.lr, "dropout": self.dropout}
+        return {
+            "gpubackprop": __version__, **recipe, **self.extra, "device": self.trainer.backend.device,
+            "rows": len(self.table.x), "train_rows": len(self.x), "held_out_rows": len(self.x_test),
+            "parameters": self.model.parameter_count, "history": self.trainer.history, "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def trained_loss(model: Layer) -> str:
+    """The name of the loss a model was trained with, by its head."""
+    if model.head not in LOSSES:
+        raise ValueError("the model was saved before any training, so that its loss is not known; train it first")
+    return LOSSES[model.head]
+
+
+def figures(model: Layer, x: Array, y: Array, device: str) -> dict[str, float]:
+    """Mean loss and metric of the model over the rows."""
+    return Trainer(model, trained_loss(model), device=device).evaluate(x, y)
+
+
+# ---- predicting ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """One row each: the class, or the numbers, and for classes the probability of each."""
+
+    value: Array  # (n,) class names or numbers, (n, outputs) numbers
+    probability: Array | None = None  # (n, classes)
+    classes: Array | None = None
+
+    def encode(self, kind: str) -> bytes:
+        """The bytes of a .csv, .npz or .npy file (which holds the value alone)."""
+        file = io.BytesIO()
+        if kind == ".npz":
+            arrays = {"prediction": self.value, "probability": self.probability, "classes": self.classes}
+            np.savez(file, **{k: a for k, a in arrays.items() if a is not None})  # type: ignore[arg-type]
+        elif kind == ".npy":
+            np.save(file, self.value, allow_pickle=False)
+        else:
+            file.write(self._csv().encode())
+        return file.getvalue()
+
+    def _csv(self) -> str:
+        value = self.value if self.value.ndim == 2 else self.value.reshape(-1, 1)
+        names = ["prediction"] if value.shape[1] == 1 else [f"prediction_{i}" for i in range(value.shape[1])]
+        columns = [value.astype(str)]
+        if self.probability is not None and self.classes is not None:
+            names += [f"probability_{name}" for name in self.classes]
+            columns.append(self.probability.astype(str))  # the shortest text that reads back as the same number
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(np.hstack(columns).tolist())
+        return text.getvalue()
+
+
+def predict(model: Layer, x: Array, classes: list[str] | None = None) -> Prediction:
+    """The model's prediction for each row; class names that are all integers become numbers."""
+    if trained_loss(model) == "mse":
+        value = model.predict(x)
+        return Prediction(value.ravel() if value.shape[1] == 1 else value)
+    labels, probability = model.predict_classes(x), model.predict_proba(x)
+    if labels.ndim != 1:
+        raise ValueError("predict: the model has several sigmoid outputs, not one class; use model.predict_proba")
+    if probability.shape[1] == 1:
+        probability = np.hstack([1 - probability, probability])
+    names = _class_names(classes or [str(i) for i in range(probability.shape[1])])
+    if len(names) != probability.shape[1]:
+        raise ValueError(f"predict: the model has {probability.shape[1]} outputs but names {len(names)} classes")
+    return Prediction(names[labels], probability, names)
+
+
+def _class_names(names: list[str]) -> Array:
+    """The names as an array, of integers if they all are."""
+    try:
+        numbers = np.array([int(name) for name in names], np.int64)
+    except (ValueError, OverflowError):
+        return np.array(names)
+    return numbers if numbers.astype(str).tolist() == names else np.array(names)
+
+
+def kind_of(path: str) -> str:
+    """The kind of file that a path for predictions asks for."""
+    kind = Path(path).suffix.lower()
+    if kind not in (".csv", ".npz", ".npy"):
+        raise ValueError(f"{path}: is of unknown kind {kind!r}; choose from .csv, .npz, .npy")
+    return kind
+
+
+# ---- the installation ----------------------------------------------------------------------------------------------
+
+
+def versions() -> list[tuple[str, str]]:
+    """Versions and devices, in labelled lines."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    built: Any = np.show_config(mode="dicts") or {}
+    blas = built.get("Build Dependencies", {}).get("blas", {})
+    lines = [
+        ("gpubackprop", f"{__version__}, {Path(__file__).parent}"),
+        ("Python", f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPU cores"),
+        ("NumPy", f"{np.__version__}, BLAS: {blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()),
+    ]
+    for package in ("click", "tqdm", "safetensors"):
+        try:
+            lines.append((package, version(package)))
+        except PackageNotFoundError:
+            lines.append((package, "not installed"))
+    reason = why_not_cuda()
+    return [*lines, ("devices", "cpu" if reason else "cpu, cuda"), *([("not CUDA", reason)] if reason else [])]

@@ -1,0 +1,492 @@
+"""The command line: what it prints and writes, and each error as one line with its exit status."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file
+
+import gpubackprop as gb
+from gpubackprop import cli, runs
+from gpubackprop.checkpoint import load_model, read_metadata, save_model
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every command runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments, status=0):
+    """The output (both streams) of a command, which must end with that status and without a traceback."""
+    result = CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    assert result.exit_code == status, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
+    return result.output
+
+
+def fails(*arguments, status=2):
+    """The one line of an error."""
+    *_, line = output = run(*arguments, status=status).splitlines()
+    assert line.startswith("gpubackprop: ") and sum(t.startswith("gpubackprop") for t in output) == 1
+    return line.removeprefix("gpubackprop: ")
+
+
+def line_of(output, label):
+    [line] = [line for line in output.splitlines() if line.startswith(label)]
+    return line
+
+
+def write_flowers(path, n=120, seed=0, species=("iris", "lily", "rose")):
+    """A CSV of two columns at very different scales, the second in clusters by a species in text."""
+    rng = np.random.default_rng(seed)
+    label = np.arange(n) % len(species)
+    rows = zip(1e-3 * rng.normal(size=n), 5000 + 400 * label + 60 * rng.normal(size=n), label, strict=True)
+    lines = [f"{a:.8g},{b:.8g},{species[i]}" for a, b, i in rows]
+    path.write_text("\n".join(["length,price,species", *lines]) + "\n")
+
+
+def write_line(path, n=200, seed=0):
+    """A CSV whose target is linear in its columns, far from unit scale."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 2)) * [3, 1e4] + [10, 1e5]
+    y = 2e5 + 4e4 * x[:, 0] - 5 * x[:, 1]
+    lines = [f"{a!r},{b!r},{c!r}" for (a, b), c in zip(x.tolist(), y.tolist(), strict=True)]
+    path.write_text("\n".join(["age,size,worth", *lines]) + "\n")
+
+
+# ---- train and evaluate --------------------------------------------------------------------------------------------
+
+
+def test_digits_defaults_meet_the_accuracy():
+    table = runs.read("digits")
+    accuracies, seconds = [], []
+    for seed in range(10):
+        training = runs.Run("digits", table, runs.Recipe(seed=seed))
+        training.fit(progress=False)
+        accuracies.append(training.figures()["held_out"]["accuracy"])
+        seconds.append(training.seconds)
+    assert np.mean(accuracies) >= 0.975 and min(accuracies) >= 0.96, accuracies
+    assert np.median(seconds) < 5
+
+
+def test_train_prints_and_evaluate_repeats_its_figure(folder):
+    output = run("train", "digits", "--epochs", 3, "--out", "m.safetensors", "--json", "m.json")
+    assert line_of(output, "device").split()[1] in ("cpu", "cuda:0")
+    assert line_of(output, "data").endswith("digits: 1,797 rows, 64 columns, 10 classes")
+    assert line_of(output, "split").endswith("1,438 rows to train, 359 held out, seed 0")
+    assert line_of(output, "network").endswith("64-256-10, relu, dropout 0.5, 19,210 parameters, float32")
+    assert re.search(r"loss 0\.\d+, accuracy 0\.9\d+$", line_of(output, "held out"))
+    assert line_of(output, "saved").endswith("m.safetensors")
+    assert line_of(run("evaluate", "m.safetensors", "digits"), "held out") == line_of(output, "held out")
+    run("evaluate", "m.safetensors", "digits", "--json", "e.json")
+    report, again = json.loads((folder / "m.json").read_text()), json.loads((folder / "e.json").read_text())
+    assert report["held_out"] == {k: again[k] for k in ("loss", "accuracy")} and again["rows"] == 359
+    assert len(report["history"]["loss"]) == report["epochs"] == 3 and report["parameters"] == 19_210
+    everything = run("evaluate", "m.safetensors", "digits", "--all", "--json", "a.json")
+    assert everything.startswith("all rows") and json.loads((folder / "a.json").read_text())["rows"] == 1797
+
+
+def test_the_same_bits_on_a_second_run(folder):
+    for name in ("a", "b"):
+        run("train", "digits", "--epochs", 2, "--out", name, "--json", f"{name}.json", "--quiet")
+    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+    a, b = (json.loads((folder / f"{name}.json").read_text()) for name in "ab")
+    assert a["history"] == b["history"] and a["held_out"] == b["held_out"]
+
+
+def test_other_seeds_hold_out_other_rows_and_are_kept(folder):
+    output = run("train", "digits", "--epochs", 1, "--seed", 4, "--test", 0.5, "--out", "m")
+    assert line_of(output, "split").endswith("seed 4")
+    assert line_of(run("evaluate", "m", "digits"), "held out") == line_of(output, "held out")
+
+
+def test_options_reach_the_run(folder):
+    output = run("train", "digits", "--hidden", "32, 16", "--activation", "gelu", "--dropout", 0, "--epochs", 2,
+                 "--batch-size", 50, "--lr", 0.05, "--optimizer", "sgd", "--dtype", "float64", "--device", "cpu",
+                 "--scale", "--out", "m")  # fmt: skip
+    assert line_of(output, "network").endswith("64-32-16-10, gelu, 2,778 parameters, float64")
+    assert line_of(output, "training").endswith("2 epochs in batches of 50, sgd, learning rate 0.05")
+    assert "Scaler" in repr(load_model("m")) and load_file("m")["1.weight"].dtype == np.float64
+    assert "64-10, " in run("train", "digits", "--hidden", "", "--epochs", 1)
+    assert "batches of 1438" in run("train", "digits", "--batch-size", 5000, "--epochs", 1)
+
+
+def test_every_optimizer_learns_the_digits_by_its_default_rate():
+    for name in runs.RATES:
+        output = run("train", "digits", "--optimizer", name, "--epochs", 15)
+        assert float(line_of(output, "held out").split()[-1]) > 0.95, name
+
+
+def test_quiet_prints_nothing():
+    assert run("train", "digits", "--epochs", 1, "--quiet") == ""
+
+
+def test_a_bundled_regression():
+    output = run("train", "regression7", "--epochs", 3, "--out", "m")
+    assert line_of(output, "data").endswith("regression7: 7 rows, 1 column, 1 target")
+    assert line_of(run("evaluate", "m", "regression7"), "held out") == line_of(output, "held out")
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_csv_with_text_target_end_to_end(folder):
+    write_flowers(folder / "flowers.csv")
+    output = run("train", "flowers.csv", "--target", "species", "--out", "m", "--epochs", 30)
+    assert line_of(output, "data").endswith("flowers.csv: 120 rows, 2 columns, 3 classes in 'species'")
+    assert float(line_of(output, "held out").split()[-1]) > 0.9
+    extra = read_metadata("m")["extra"]
+    assert (extra["classes"], extra["columns"]) == (["iris", "lily", "rose"], ["length", "price"])
+    assert (extra["target"], extra["task"], extra["data"]) == ("species", "classification", "flowers.csv")
+    assert run("evaluate", "m", "flowers.csv").startswith("all rows")
+    text = "species,price,note,length\nrose,5810,x,0.001\niris,4990,y,0\n"
+    (folder / "new.csv").write_text(text)  # other columns, another order, a class missing
+    assert run("evaluate", "m", "new.csv").endswith("accuracy 1.0000\n")
+    (folder / "plain.csv").write_text("length,price\n0.001,5810\n0,4990\n")
+    for name in ("new", "plain"):
+        assert run("predict", "m", f"{name}.csv", "--out", f"{name}.out.csv").endswith("2 predictions\n")
+        rows = [line.split(",") for line in (folder / f"{name}.out.csv").read_text().splitlines()]
+        assert rows[0] == ["prediction", "probability_iris", "probability_lily", "probability_rose"]
+        assert [row[0] for row in rows[1:]] == ["rose", "iris"]
+        assert all(abs(sum(map(float, row[1:])) - 1) < 1e-6 for row in rows[1:])
+
+
+def test_the_scaler_is_fitted_on_the_training_rows_alone(folder):
+    write_flowers(folder / "flowers.csv")
+    run("train", "flowers.csv", "--target", "species", "--out", "m", "--epochs", 1, "--dtype", "float64")
+    table = runs.read("flowers.csv", "species")
+    x, _, _, _ = gb.split(table.x, table.y, test=0.2, seed=0)
+    arrays = load_file("m")
+    np.testing.assert_array_equal(arrays["0.mean"], x.mean(0))
+    np.testing.assert_array_equal(arrays["0.scale"], x.std(0))
+    run("train", "flowers.csv", "--target", "species", "--out", "m", "--epochs", 1, "--no-scale", "--force")
+    assert "0.mean" not in load_file("m")
+
+
+def test_two_classes_and_numbered_classes(folder):
+    write_flowers(folder / "two.csv", species=("2", "10"))
+    output = run("train", "two.csv", "--target", "species", "--out", "m", "--epochs", 30)
+    assert "2 classes" in output and float(line_of(output, "held out").split()[-1]) > 0.9
+    for kind in ("npz", "npy"):
+        run("predict", "m", "two.csv", "--out", f"p.{kind}")
+    with np.load("p.npz") as file:
+        assert set(file) == {"prediction", "probability", "classes"} and file["classes"].tolist() == [2, 10]
+        assert file["probability"].shape == (120, 2)
+        np.testing.assert_array_equal(file["prediction"], np.load("p.npy"))
+        np.testing.assert_array_equal(file["prediction"], file["classes"][file["probability"].argmax(1)])
+
+
+@pytest.mark.parametrize("optimizer", runs.RATES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_regression_end_to_end(optimizer, dtype, folder):
+    write_line(folder / "line.csv")
+    output = run("train", "line.csv", "--target", "worth", "--out", "m", "--optimizer", optimizer, "--dtype", dtype)
+    assert "1 target in 'worth'" in output and "dropout" not in output
+    assert float(line_of(output, "held out").split()[-1]) > 0.98
+    assert run("evaluate", "m", "line.csv", "--json", "e.json").startswith("all rows")
+    assert json.loads((folder / "e.json").read_text())["r2"] > 0.98
+    run("predict", "m", "line.csv", "--out", "p.csv")
+    table = runs.read("line.csv", "worth")
+    header, *values = (folder / "p.csv").read_text().split()
+    assert header == "prediction"
+    predicted, worth = np.array(values, float), table.y[:, 0]
+    assert 1 - ((predicted - worth) ** 2).sum() / ((worth - worth.mean()) ** 2).sum() > 0.98
+    np.testing.assert_array_equal(predicted.astype(dtype), load_model("m").predict(table.x)[:, 0])
+    x, _, y, _ = gb.split(table.x, table.y, test=0.2, seed=0)
+    np.testing.assert_allclose(load_file("m")["3.mean"], y.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(load_file("m")["0.scale"], x.std(0), rtol=1e-6)
+
+
+def test_task_overrides_the_guess(folder):
+    write_flowers(folder / "two.csv", species=("2", "10"))
+    output = run("train", "two.csv", "--target", "species", "--task", "regression", "--epochs", 1)
+    assert "1 target" in output and "r2" in line_of(output, "held out")
+
+
+def test_npz_with_several_targets(folder, rng):
+    x = rng.normal(size=(60, 3))
+    np.savez("data.npz", x=x, y=x @ rng.normal(size=(3, 2)))
+    assert "3 columns, 2 targets" in run("train", "data.npz", "--out", "m", "--epochs", 2)
+    run("predict", "m", "data.npz", "--out", "p.csv")
+    assert (folder / "p.csv").read_text().startswith("prediction_0,prediction_1\n")
+    run("predict", "m", "data.npz", "--out", "p.npz")
+    with np.load("p.npz") as file:
+        assert list(file) == ["prediction"] and file["prediction"].shape == (60, 2)
+
+
+def test_models_of_the_library_are_evaluated_and_predicted(folder, rng):
+    x = rng.normal(size=(40, 3))
+    y = (x[:, 0] > 0).astype(int)
+    np.savez("data.npz", x=x, y=y)
+    np.savez("ones.npz", x=x[y == 1], y=y[y == 1])  # of one class only: its number is still 1
+    for name, outputs, loss, targets in (("s", 2, "cross_entropy", y), ("b", 1, "bce", y), ("r", 1, "mse", x[:, :1])):
+        model = gb.mlp([3, 8, outputs])
+        gb.Trainer(model, loss, gb.Adam(lr=0.05), seed=0).fit(x, targets, epochs=40)
+        save_model(model, name)
+    for name in "sb":
+        assert float(run("evaluate", name, "data.npz").split()[-1]) > 0.9
+        assert float(run("evaluate", name, "ones.npz").split()[-1]) > 0.9
+        run("predict", name, "data.npz", "--out", f"{name}.npz")
+        with np.load(f"{name}.npz") as file:
+            assert file["probability"].shape == (40, 2) and (file["prediction"] == y).mean() > 0.9
+    run("predict", "r", "data.npz", "--out", "r.npy")
+    assert np.corrcoef(np.load("r.npy"), x[:, 0])[0, 1] > 0.9
+
+
+# ---- explain, kernels, info ----------------------------------------------------------------------------------------
+
+
+def test_explain_prints_the_plan_and_trains_nothing(folder):
+    output = run("explain")
+    assert "gemm" in output and "adam" in output and "32×64" in output and "total" in output
+    assert "128×5" in run("explain", "--sizes", "7,5,3", "--batch-size", 128, "--activation", "gelu", "--dropout", 0)
+    write_line(folder / "line.csv", n=20)
+    run("train", "line.csv", "--target", "worth", "--epochs", 1, "--out", "m", "--quiet")
+    before = (folder / "m").read_bytes()
+    assert "mse" in run("explain", "m", "--optimizer", "sgd") and (folder / "m").read_bytes() == before
+    assert fails("explain", "m", "--sizes", "2,2").startswith("explain: got a MODEL and --sizes")
+    assert fails("explain", "--sizes", "2,x") == (
+        "--sizes: got '2,x', expected positive integers between commas, such as 128,64")  # fmt: skip
+    assert fails("explain", "--sizes", "2").startswith("mlp: at least the input and output size")
+
+
+def test_kernels():
+    names = run("kernels").split()
+    assert {"gelu", "adam"} <= set(names)
+    assert "__global__" in run("kernels", "gelu") and "__half" in run("kernels", "gelu", "--dtype", "float16")
+    assert "gelu" in fails("kernels", "glue")
+    assert "float128" in fails("kernels", "gelu", "--dtype", "float128")
+
+
+def test_info_and_version():
+    output = run("info")
+    for word in (gb.__version__, np.__version__, "BLAS", "Python", "click", "tqdm", "safetensors", "devices", "cpu"):
+        assert word in output
+    assert run("--version") == f"gpubackprop {gb.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "explain", "kernels", "info"])
+def test_help_has_an_example(command):
+    output = run(*command.split(), "--help")
+    assert "  gpubackprop " in output
+    assert run(*command.split(), "-h") == output
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_data_is_one_line(folder):
+    write_flowers(folder / "f.csv")
+    assert "no such file; give a .csv or .npz file or a bundled set (digits, regression7)" in fails("train", "digit")
+    assert "has no column 'specie' for the target" in fails("train", "f.csv", "--target", "specie")
+    assert "use --target species" in fails("train", "f.csv")
+    (folder / "n.csv").write_text("a,b\n1,2\n2,3\n")
+    assert fails("train", "n.csv") == "n.csv: has no target to learn; name its column with --target, one of a, b"
+    np.savez("x.npz", x=np.ones((3, 2)))
+    assert fails("train", "x.npz") == "x.npz: has no target to learn; add an array y"
+    (folder / "gap.csv").write_text("a,b\n1,2\n,3\n")
+    assert "line 3, column 'a' is missing" in fails("train", "gap.csv", "--target", "b")
+    assert "is a bundled set" in fails("train", "digits", "--target", "y")
+    assert "leave out --task" in fails("train", "digits", "--task", "regression")
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--epochs", 0], "epochs must be at least 1"),
+    (["--batch-size", 0], "batch_size must be at least 1"),
+    (["--lr", 0], "lr must be > 0"),
+    (["--lr", "nan"], "lr must be > 0"),
+    (["--dropout", 1], "rate 1.0 is not in [0, 1)"),
+    (["--test", 0], "test is 0.0, expected a fraction between 0 and 1"),
+    (["--test", 1.5], "test is 1.5"),
+    (["--hidden", "0"], "--hidden: got '0', expected positive integers between commas"),
+    (["--hidden", "8,,8"], "--hidden: got '8,,8'"),
+    (["--device", "gpu"], "unknown device 'gpu'; choose from auto, cpu, cuda, cuda:N"),
+    (["--out", "none/m"], "none/m: there is no folder"),
+    (["--out", "."], "is a folder"),
+    (["--json", "none/m"], "none/m: there is no folder"),
+    (["--out", "m", "--json", "./m"], "is the file of --out, which would be lost"),
+])  # fmt: skip
+def test_bad_settings_end_before_training(options, message, folder):
+    assert message in fails("train", "digits", *options)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--seed", -1], ["--activation", "rleu"], ["--optimizer", "adm"],
+                                     ["--epochs", "x"], ["--nope"]])  # fmt: skip
+def test_options_that_click_refuses(options):
+    assert re.search("Invalid value|No such option|not one of", run("train", "digits", *options, status=2))
+
+
+def test_no_file_is_replaced_without_force(folder, monkeypatch):
+    run("train", "digits", "--epochs", 1, "--out", "m", "--quiet")
+    before = (folder / "m").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "fit", None)
+        assert fails("train", "digits", "--out", "m") == "m: exists; use --force to replace it, or another name"
+    assert (folder / "m").read_bytes() == before
+    run("train", "digits", "--epochs", 2, "--out", "m", "--quiet", "--force")
+    assert (folder / "m").read_bytes() != before
+    run("predict", "m", "digits", "--out", "p.csv")
+    assert "p.csv: exists" in fails("predict", "m", "digits", "--out", "p.csv")
+    run("predict", "m", "digits", "--out", "p.csv", "--force")
+
+
+def test_input_files_are_never_replaced(folder):
+    write_flowers(folder / "f.csv")
+    before = (folder / "f.csv").read_bytes()
+    options = ["--target", "species", "--epochs", 1, "--force"]
+    message = "is the input f.csv, which would be lost; give another name"
+    assert message in fails("train", "f.csv", *options, "--out", "./f.csv")
+    assert message in fails("train", "f.csv", *options, "--json", folder / "f.csv")
+    run("train", "f.csv", *options, "--out", "m")
+    assert message in fails("predict", "m", "f.csv", "--out", "f.csv", "--force")
+    assert "is the input m" in fails("evaluate", "m", "f.csv", "--json", "m")
+    assert (folder / "f.csv").read_bytes() == before
+
+
+def test_bad_models_are_one_line(folder):
+    run("train", "digits", "--epochs", 1, "--out", "m", "--quiet")
+    (folder / "short").write_bytes((folder / "m").read_bytes()[:-9])
+    for command in (["evaluate"], ["predict", "--out", "p.csv"]):
+        assert fails(*command, "none", "digits") == "load_model: none: no such file"
+        assert "short: is cut short" in fails(*command, "short", "digits")
+    assert "unknown kind '.txt'; choose from .csv, .npz, .npy" in fails("predict", "m", "digits", "--out", "p.txt")
+    assert "has 1 columns but the model expects 64" in fails("evaluate", "m", "regression7", "--all")
+    (folder / "n.csv").write_text("a,b\n1,2\n")
+    assert "has no target to compare with" in fails("evaluate", "m", "n.csv")
+    save_model(gb.mlp([64, 10]), "raw")
+    assert "the model was saved before any training" in fails("evaluate", "raw", "digits")
+    assert not (folder / "p.csv").exists()
+
+
+def test_a_table_that_does_not_fit_the_model(folder):
+    write_flowers(folder / "f.csv")
+    run("train", "f.csv", "--target", "species", "--epochs", 1, "--out", "m")
+    (folder / "less.csv").write_text("length,species\n1,iris\n")
+    assert "lacks the model's columns price; it has length, species" in fails("evaluate", "m", "less.csv")
+    (folder / "more.csv").write_text("length,price,species\n1,2,iris\n1,2,oak\n")
+    message = "line 3, column 'species' has the unknown class 'oak'; the model knows iris, lily, rose"
+    assert message in fails("evaluate", "m", "more.csv")
+
+
+def test_a_device_that_does_not_work_is_status_1():
+    if gb.get_backend("auto").device == "cpu":
+        assert "cuda" in fails("train", "digits", "--device", "cuda", status=1)
+
+
+def test_divergence_is_status_1_and_saves_nothing(folder, monkeypatch):
+    def diverge(*_, **__):
+        raise gb.TrainingDiverged(3, 7)
+
+    monkeypatch.setattr(gb.Trainer, "fit", diverge)
+    message = fails("train", "digits", "--out", "m", status=1)
+    assert message.startswith("fit: the loss is NaN or infinite in epoch 3, step 7; ")
+    assert message.endswith("; nothing was saved") and not (folder / "m").exists()
+
+
+def test_a_full_disk_is_status_1_and_keeps_the_old_file(folder, monkeypatch):
+    run("train", "digits", "--epochs", 1, "--out", "m", "--quiet")
+    before = (folder / "m").read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in fails("train", "digits", "--epochs", 1, "--out", "m", "--force", status=1)
+    assert (folder / "m").read_bytes() == before and [p.name for p in folder.iterdir()] == ["m"]
+
+
+# ---- Ctrl-C --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Training is interrupted as that many epochs are done."""
+
+    def after(epochs):
+        fit = gb.Trainer.fit
+
+        def stop(trainer):
+            if trainer.epoch == epochs:
+                raise KeyboardInterrupt
+
+        def patched(self, *arguments, **keywords):
+            if epochs == 0:
+                raise KeyboardInterrupt
+            return fit(self, *arguments, **keywords, callbacks=[stop])
+
+        monkeypatch.setattr(gb.Trainer, "fit", patched)
+
+    return after
+
+
+def test_an_interrupted_run_keeps_what_it_learnt(interrupted, folder):
+    interrupted(3)
+    message = fails("train", "digits", "--out", "m", status=130)
+    assert message == "interrupted after 3 of 40 epochs; the model as it stands was saved to m"
+    assert read_metadata("m")["extra"]["epochs"] == 3
+    assert float(run("evaluate", "m", "digits").split()[-1]) > 0.9
+    assert fails("train", "digits", status=130).endswith("3 of 40 epochs; nothing was saved (there is no --out)")
+
+
+def test_an_interrupted_regression_predicts_in_its_own_units(interrupted, folder):
+    write_line(folder / "line.csv")
+    interrupted(30)
+    fails("train", "line.csv", "--target", "worth", "--out", "m", status=130)
+    assert float(run("evaluate", "m", "line.csv").split()[-1]) > 0.9
+
+
+def test_interrupted_before_anything_was_learnt(interrupted, folder):
+    interrupted(0)
+    message = fails("train", "digits", "--out", "m", status=130)
+    assert message == "interrupted in the first epoch; nothing was saved" and not (folder / "m").exists()
+
+
+def test_interrupted_elsewhere(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "read", interrupt)
+    assert fails("train", "digits", status=130) == "interrupted; no file is left half written"
+
+
+def start(*arguments):
+    command = [sys.executable, "-W", "error", "-m", "gpubackprop", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+
+
+def test_sigint_ends_a_process_with_130(folder):
+    process = start("train", "regression7", "--epochs", 10**7, "--out", "m")
+    lines = iter(process.stdout.readline, "")
+    assert any(line.startswith("training") for line in lines)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert re.fullmatch(r"gpubackprop: interrupted after \d+ of 10000000 epochs; the model .* saved to m\n", errors)
+    assert run("evaluate", "m", "regression7").startswith("held out")
+
+
+def test_the_module_is_the_command():
+    process = start("train", "nowhere.csv")
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (2, "")
+    assert errors.startswith("gpubackprop: nowhere.csv: no such file") and errors.count("\n") == 1
+    process = start("--help")
+    assert process.communicate(timeout=30)[0].startswith("Usage: gpubackprop ") and process.returncode == 0
+
+
+def test_the_entry_point_is_a_click_group():
+    assert isinstance(cli.main, click.Group)
+    assert set(cli.main.commands) == {"train", "evaluate", "predict", "explain", "kernels", "info"}
