@@ -35,11 +35,11 @@ class Activation:
 
     def forward_graph(self, x: "Expr | None" = None) -> "Expr":
         """The graph of y, with another expression (a bias added, say) in the place of x."""
-        return parse(self.forward, dict(self.constants), {} if x is None else {"x": x})[RESULT]
+        return value(self.forward, dict(self.constants), {} if x is None else {"x": x})
 
     def backward_graph(self) -> "Expr":
         """The graph of dx = dy * derivative."""
-        return chain(name("dy"), parse(self.derivative, dict(self.constants))[RESULT])
+        return chain(name("dy"), value(self.derivative, dict(self.constants)))
 
 
 def _rows(*rows: Any) -> dict[str, Any]:
@@ -223,13 +223,23 @@ def name(text: str) -> Expr:
 
 def number(value: float) -> Expr:
     """A literal, kept in float64 and rounded once to the arithmetic type."""
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        finite = False
+    if not finite:
+        raise ValueError(f"formula: the literal {value} is not a finite float64")
     return _intern("number", (), float(value), _sign(float(value)))
 
 
 def apply(op: str, *args: Expr) -> Expr:
     """The node op(args), with operations on literals alone carried out in float64."""
     if all(a.op == "number" for a in args) and op not in ("where", *COMPARISONS.values()):
-        return number(evaluate(Expr(op, args), {}))
+        try:
+            return number(evaluate(Expr(op, args), {}))
+        except (ArithmeticError, ValueError):
+            of = ", ".join(str(a.value) for a in args)
+            raise ValueError(f"formula: {op} of the literals {of} has no finite value") from None
     return _intern(op, args, 0.0, _sign(0.0))
 
 
@@ -256,14 +266,24 @@ def parse(
     out: dict[str, Expr] = {}
     try:
         lines = ast.parse(text.strip()).body
+        for line in lines:
+            target, value = _statement(line, scope, last=line is lines[-1])
+            scope[target] = out[target] = value
+    except (RecursionError, MemoryError, UnicodeError):
+        raise ValueError(f"formula {text[:40]!r}…: too deep, or not text") from None
     except SyntaxError as error:
         raise ValueError(f"formula {text.strip()!r}: not an expression or assignment ({error.msg})") from None
-    if not lines:
+    if not out:
         raise ValueError("formula: the text is empty")
-    for line in lines:
-        target, value = _statement(line, scope, last=line is lines[-1])
-        scope[target] = out[target] = value
     return out
+
+
+def value(text: str, constants: Mapping[str, float] | None = None, given: Mapping[str, Expr] | None = None) -> Expr:
+    """The graph of a text's last line, which must be a bare expression."""
+    graphs = parse(text, constants, given)
+    if RESULT not in graphs:
+        raise ValueError(f"formula {text.strip()!r}: the last line must be an expression")
+    return graphs[RESULT]
 
 
 def _statement(line: ast.stmt, scope: Mapping[str, Expr], last: bool) -> tuple[str, Expr]:
@@ -287,11 +307,18 @@ def _expression(node: ast.expr, scope: Mapping[str, Expr]) -> Expr:
             return apply("neg", _expression(operand, scope))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return apply(OPERATORS[type(op)], _expression(left, scope), _expression(right, scope))
-        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
-            return apply(COMPARISONS[type(op)], _expression(left, scope), _expression(right, scope))
+        case ast.Call(func=ast.Name(id="where"), args=[test, *arms], keywords=[]):
+            return _call("where", [_condition(test, scope), *(_expression(a, scope) for a in arms)], ast.unparse(node))
         case ast.Call(func=ast.Name(id=function), args=args, keywords=[]):
             return _call(function, [_expression(a, scope) for a in args], ast.unparse(node))
     raise ValueError(f"formula {ast.unparse(node)!r}: only + - * /, one comparison, numbers, names and calls are known")
+
+
+def _condition(node: ast.expr, scope: Mapping[str, Expr]) -> Expr:
+    match node:
+        case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
+            return apply(COMPARISONS[type(op)], _expression(left, scope), _expression(right, scope))
+    raise ValueError(f"formula {ast.unparse(node)!r}: the first argument of where must be a comparison")
 
 
 def _call(function: str, args: list[Expr], text: str) -> Expr:
@@ -306,9 +333,7 @@ def _call(function: str, args: list[Expr], text: str) -> Expr:
         raise ValueError(f"formula {text!r}: unknown function {function!r}; choose from {', '.join(sorted(known))}")
     if len(args) != known[function]:
         raise ValueError(f"formula {text!r}: {function} takes {known[function]} arguments, got {len(args)}")
-    if function == "where" and args[0].op not in COMPARISONS.values():
-        raise ValueError(f"formula {text!r}: the first argument of where must be a comparison")
-    return parse(DERIVED[function], given={"x": args[0]})[RESULT] if function in DERIVED else apply(function, *args)
+    return value(DERIVED[function], given={"x": args[0]}) if function in DERIVED else apply(function, *args)
 
 
 # ---- reading the graph ---------------------------------------------------------------------------------------------
@@ -371,7 +396,11 @@ def hoist(outputs: Mapping[str, Expr], arrays: Iterable[str]) -> tuple[dict[str,
     scalars: dict[Expr, Expr] = {}
 
     def scalar(e: Expr) -> Expr:
-        return e if e.op == "number" else scalars.setdefault(e, name(f"s{len(scalars)}"))
+        if e.op == "number":
+            return e
+        if e.op in COMPARISONS.values():  # not a number that a table could hold
+            return apply(e.op, *map(scalar, e.args))
+        return scalars.setdefault(e, name(f"s{len(scalars)}"))
 
     for node in walk(outputs.values()):
         varies[node] = str(node.value) in arrays if node.op == "name" else any(varies[a] for a in node.args)
@@ -423,7 +452,7 @@ def register_activation(name: str, forward: str, derivative: str, **constants: f
         raise ValueError(
             f"register_activation: {name!r} is taken by {ACTIVATIONS[name].forward!r}; choose another name"
         )
-    y, d = new.forward_graph(), parse(derivative, constants)[RESULT]
+    y, d = new.forward_graph(), value(derivative, constants)
     for text, graph, allowed in (("forward", y, {"x"}), ("derivative", d, {"x", "y"})):
         if unknown := sorted(set(free_names(graph)) - allowed):
             raise ValueError(f"register_activation: {text} of {name!r} names {', '.join(unknown)}; "

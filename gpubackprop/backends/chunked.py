@@ -38,7 +38,7 @@ class Register:
     """Where a value lives: kind "scratch", "mask", "read", "write", "number" or "integer"; bits = seen as integers."""
 
     kind: str
-    key: int | str | float
+    key: int | str  # the number of a slot, the name of an array, the text of a number (0.0 and -0.0 are two)
     bits: bool = False
 
     @property
@@ -81,9 +81,14 @@ class _Compiler:
             e: Register("write", key) for key, e in reversed(outputs)
             if e.args and (key not in inputs or self.last_use[inputs[key]] <= position[e])
         }  # fmt: skip
+        saved: dict[str, Register] = {}  # outputs that are what another output's buffer held before
+        for key, e in outputs:
+            if e.op == "name" and any(e.value == other != key for other, _ in outputs):
+                saved[key] = self._new("scratch")
+                self._emit("copy", (_leaf(e),), saved[key])
         for i, node in enumerate(order):
             if not node.args:
-                self.place[node] = Register({"name": "read"}.get(node.op, node.op), node.value)
+                self.place[node] = _leaf(node)
             elif node.op == "where":
                 self._select(i, node, targets.get(node))
             else:
@@ -93,8 +98,9 @@ class _Compiler:
                 self._emit(node.op, args, out)
                 self.place[node] = out
         for key, e in outputs:
-            if self.place[e] != Register("write", key):
-                self._emit("copy", (self.place[e],), Register("write", key))
+            place = saved.get(key, self.place[e])
+            if place != Register("write", key):
+                self._emit("copy", (place,), Register("write", key))
 
     def _emit(self, op: str, args: tuple[Register, ...], out: Register) -> None:
         self.code.append(Instruction(op, args, out))
@@ -118,13 +124,13 @@ class _Compiler:
         """where(c, a, b) = b ^ ((a ^ b) & -c) on the bits, less for an arm of 0; masked copies are ten times slower."""
         c, a, b = (self.place[x].as_bits for x in node.args)
         mask = self._new("scratch").as_bits
-        zero = Register("number", 0.0, bits=True)
+        zero = Register("number", "0.0", bits=True)
         out = target or self._new("scratch")
         self._emit("copy", (c,), mask)
         if b == zero:
             self._emit("*", (a, mask), out.as_bits)
         elif a == zero:
-            self._emit("-", (mask, Register("integer", 1)), mask)
+            self._emit("-", (mask, Register("integer", "1")), mask)
             self._emit("&", (b, mask), out.as_bits)
         else:
             difference = self._new("scratch").as_bits  # not `out`, which may be where an arm is read
@@ -136,6 +142,10 @@ class _Compiler:
         self._drop(mask)
         self._release(i, node)
         self.place[node] = out
+
+
+def _leaf(node: Expr) -> Register:
+    return Register("read", str(node.value)) if node.op == "name" else Register("number", repr(node.value))
 
 
 # ---- binding -------------------------------------------------------------------------------------------------------
@@ -188,13 +198,13 @@ def _cut(a: Array, index: tuple[int | slice, ...], shape: tuple[int, ...]) -> Ar
 
 
 @cache
-def _constant(value: float, dtype: np.dtype[Any]) -> Array:
-    return np.array(value, dtype)
+def _constant(value: str, dtype: np.dtype[Any]) -> Array:
+    return np.array(float(value), dtype)
 
 
 @lru_cache(maxsize=64)
-def _full(value: float, dtype: np.dtype[Any]) -> Array:
-    return np.full(CHUNK, value, dtype)
+def _full(value: str, dtype: np.dtype[Any]) -> Array:
+    return np.full(CHUNK, float(value), dtype)
 
 
 @dataclass(frozen=True)
@@ -221,9 +231,9 @@ class _Frame:
         """The array behind a register."""
         integer = INTEGERS[self.dtype.itemsize]
         if r.kind == "integer":
-            return _constant(float(r.key), np.dtype(integer))
+            return _constant(str(r.key), np.dtype(integer))
         if r.kind == "number":
-            a = _constant(float(r.key), self.dtype)
+            a = _constant(str(r.key), self.dtype)
         elif r.kind == "read":
             a = self.reads[str(r.key)]
         elif r.kind == "write" and r.key in self.writes:
@@ -241,4 +251,4 @@ class _Frame:
         return scratch[: math.prod(self.shape)].reshape(self.shape)
 
     def _spread(self, r: Register, a: Array) -> Array:
-        return _full(float(r.key), self.dtype)[: math.prod(self.shape)].reshape(self.shape) if r.kind == "number" else a
+        return _full(str(r.key), self.dtype)[: math.prod(self.shape)].reshape(self.shape) if r.kind == "number" else a

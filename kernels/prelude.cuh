@@ -1,0 +1,136 @@
+// What every kernel shares: types, vectors of 16 bytes, the functions of the formula language, Philox.
+//
+// NVRTC compiles it without a header for float and double, g++ compiles it for the host. Options: --fmad=false,
+// -ffp-contract=off, never fast math, so that + - * / sqrt, comparisons and ?: give equal bits on every backend.
+#ifndef GPUBACKPROP_PRELUDE
+#define GPUBACKPROP_PRELUDE
+
+#ifdef __CUDACC__
+#define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+#else
+#define DEVICE inline
+#define UNROLL
+#include <math.h>
+#include <stddef.h>
+#endif
+
+// FLOAT64, FLOAT16 or BFLOAT16, if defined, chooses the storage type T; else it is float.
+#if defined(FLOAT16)
+#include <cuda_fp16.h>
+#elif defined(BFLOAT16)
+#include <cuda_bf16.h>
+#endif
+
+namespace gpubackprop {
+
+// ---- types ----------------------------------------------------------------------------------------------------------
+
+#if defined(FLOAT64)
+using T = double;
+using R = double;  // arithmetic is done in R
+#elif defined(FLOAT16)
+using T = __half;
+using R = float;
+#elif defined(BFLOAT16)
+using T = __nv_bfloat16;
+using R = float;
+#else
+using T = float;
+using R = float;
+#endif
+
+using Index = long long;  // a batch of 2^31 elements is within reach, and i += step must not wrap
+using Word = unsigned int;
+using Long = unsigned long long;
+
+constexpr int LANES = 16 / sizeof(T);  // elements in one vector
+constexpr int THREADS = 256;           // the most in a block
+
+// ---- vectors --------------------------------------------------------------------------------------------------------
+
+// W consecutive elements as they are stored: one access of up to 16 bytes.
+template <int W>
+struct alignas(W * sizeof(T)) Packed {
+    T at[W];
+};
+
+// W consecutive elements as they are computed with.
+template <int W>
+struct Vector {
+    R at[W];
+    DEVICE R& operator[](int lane) { return at[lane]; }
+    DEVICE R operator[](int lane) const { return at[lane]; }
+};
+
+template <int W>
+DEVICE Vector<W> load(const T* __restrict__ x) {
+    const Packed<W> packed = *reinterpret_cast<const Packed<W>*>(x);
+    Vector<W> v;
+    UNROLL for (int lane = 0; lane < W; ++lane) v[lane] = R(packed.at[lane]);
+    return v;
+}
+
+template <int W>
+DEVICE void store(T* x, const Vector<W>& v) {
+    Packed<W> packed;
+    UNROLL for (int lane = 0; lane < W; ++lane) packed.at[lane] = T(v[lane]);
+    *reinterpret_cast<Packed<W>*>(x) = packed;
+}
+
+// The bits of a pointer that say how far it lies past a boundary of 16 bytes.
+DEVICE size_t misaligned(const void* x) { return reinterpret_cast<size_t>(x) % 16; }
+
+// ---- the functions of the formula language --------------------------------------------------------------------------
+// Inside this namespace they hide the global ones, so that one text serves both arithmetic types.
+
+#define FUNCTION(f, of_float, of_double)               \
+    DEVICE float f(float x) { return ::of_float(x); }  \
+    DEVICE double f(double x) { return ::of_double(x); }
+FUNCTION(exp, expf, exp)
+FUNCTION(log, logf, log)
+FUNCTION(log1p, log1pf, log1p)
+FUNCTION(expm1, expm1f, expm1)
+FUNCTION(sqrt, sqrtf, sqrt)
+FUNCTION(sin, sinf, sin)
+FUNCTION(cos, cosf, cos)
+FUNCTION(tanh, tanhf, tanh)
+FUNCTION(abs, fabsf, fabs)
+#undef FUNCTION
+
+DEVICE float pow(float x, float y) { return ::powf(x, y); }
+DEVICE double pow(double x, double y) { return ::pow(x, y); }
+
+// NaN if either is NaN, and b of two zeros, as NumPy has it; fmax would drop a NaN.
+DEVICE R maximum(R a, R b) { return a > b || a != a ? a : b; }
+DEVICE R minimum(R a, R b) { return a < b || a != a ? a : b; }
+
+// ---- random numbers -------------------------------------------------------------------------------------------------
+
+struct Block {
+    Word word[4];
+};
+
+// Philox 4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3").
+DEVICE Block philox4x32(Block x, Word key0, Word key1) {
+    UNROLL for (int round = 0; round < 10; ++round) {
+        const Long p0 = Long(0xD2511F53u) * x.word[0], p1 = Long(0xCD9E8D57u) * x.word[2];
+        x = {{Word(p1 >> 32) ^ x.word[1] ^ key0, Word(p1), Word(p0 >> 32) ^ x.word[3] ^ key1, Word(p0)}};
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    return x;
+}
+
+// The words of elements 4 · block … 4 · block + 3, an element being row · columns + column of the whole batch: the
+// convention of gpubackprop/backends/philox.py.
+DEVICE Block draw(Long seed, Word site, Word step, Long block) {
+    return philox4x32({{Word(block), Word(block >> 32), step, site}}, Word(seed), Word(seed >> 32));
+}
+
+}  // namespace gpubackprop
+
+#endif
