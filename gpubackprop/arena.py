@@ -39,6 +39,25 @@ class Parameter(Tensor):
         """The declared shape."""
         return self._shape
 
+    def _missing(self) -> RuntimeError:
+        return RuntimeError(f"parameter of shape {self._shape}: it has no value yet; call the model's initialize(seed)")
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """A copy as a NumPy array."""
+        if self.data is None:
+            raise self._missing()
+        return super().numpy()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type."""
+        if self.data is None:
+            raise self._missing()
+        return super().dtype
+
+    def __repr__(self) -> str:
+        return f"Parameter(shape={self._shape}, no value yet)" if self.data is None else super().__repr__()
+
     def host_value(self) -> npt.NDArray[Any] | None:
         """A copy of the value on the host, if there is one yet."""
         return self.value if self.data is None else self.backend.to_numpy(self.data)

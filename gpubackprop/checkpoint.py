@@ -49,7 +49,7 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
         "gpubackprop": __version__,
         "architecture": _encode(model, "model", []),
         "dtype": str(next((a.dtype for a in state.values()), np.dtype(model.dtype))),
-        "head": model.head,
+        "head": model.output_kind,
         "activations": [
             {"name": r.name, "forward": r.forward, "derivative": r.derivative, "constants": dict(r.constants)}
             for r in _registered_rows(model)
@@ -149,7 +149,7 @@ def _model(header: dict[str, Any], where: str) -> Layer:
     if np.dtype(model.dtype) != dtype:
         model.dtype = dtype
     if head is not None:
-        model.head = head
+        model.output_kind = head
     return model
 
 

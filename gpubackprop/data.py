@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["as_features", "as_labels", "as_targets", "check_same_length", "split"]
+__all__ = ["as_features", "as_labels", "as_probabilities", "as_targets", "check_same_length", "on_host", "split"]
 
 Array = NDArray[Any]
 
@@ -72,6 +72,18 @@ def as_targets(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name:
     return _cast(a, dtype, where, name).reshape(n, outputs)
 
 
+def as_probabilities(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y") -> Array:
+    """As `as_targets`, every element from 0 to 1."""
+    rows = as_targets(y, dtype, outputs, where, name)
+    bad = (rows < 0) | (rows > 1)
+    if bad.any():
+        row, column = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
+        at = f"{row}, column {column}" if outputs > 1 else f"{row}"
+        remedy = "number the two classes 0 and 1, or use loss='cross_entropy' for more"
+        raise ValueError(f"{where}: {name} has {rows[row, column]:g} at row {at}, expected 0 to 1; {remedy}")
+    return rows
+
+
 def check_same_length(x: Any, y: Any, where: str = "fit") -> None:
     """Raise unless x and y have a row each per sample."""
     n, m = _rows(x, where, "x"), _rows(y, where, "y")
@@ -79,7 +91,7 @@ def check_same_length(x: Any, y: Any, where: str = "fit") -> None:
         raise ValueError(f"{where}: x has {n} rows but y has {m}; pass one y per row of x")
 
 
-def _host(a: Any, where: str, name: str) -> Array:
+def on_host(a: Any, where: str, name: str) -> Array:
     """a as a NumPy array. Device arrays stop here; this is where they will pass once a backend takes them."""
     if hasattr(a, "__cuda_array_interface__"):
         remedy = f"copy it with {name}.get() or {name}.cpu()"
@@ -106,7 +118,7 @@ def _host(a: Any, where: str, name: str) -> Array:
 
 def _numbers(a: Any, where: str, name: str, remedy: str) -> Array:
     """The host array of a, which must hold real numbers or bools."""
-    array = _host(a, where, name)
+    array = on_host(a, where, name)
     if array.dtype.kind in "biuf" or array.dtype.name == "bfloat16":
         return array
     if array.dtype.kind == "O" and array.ndim == 0:
@@ -209,7 +221,7 @@ def _strata(y: Any, stratify: bool | None) -> NDArray[np.intp] | None:
         raise TypeError(f"split: stratify is of type {type(stratify).__name__}, {expected}")
     if stratify is False:
         return None
-    a = _host(y, "split", "y")
+    a = on_host(y, "split", "y")
     if a.ndim == 1 and (a.dtype.kind in "biuSUT" or all(isinstance(label, str) for label in a)):
         names, codes, sizes = np.unique(a, return_inverse=True, return_counts=True)
         if sizes.min() > 1:
@@ -243,4 +255,4 @@ def _take(a: Any, rows: NDArray[np.intp]) -> Any:
     """Those rows of a in its own type; lists become arrays."""
     if hasattr(a, "iloc"):
         return a.iloc[rows]
-    return a[rows] if hasattr(a, "shape") else _host(a, "split", "a list")[rows]
+    return a[rows] if hasattr(a, "shape") else on_host(a, "split", "a list")[rows]

@@ -141,6 +141,8 @@ def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean") -> 
 def _class_target(logits: Tensor, target: Any) -> Buffer:
     """Labels or soft rows as a buffer; labels on the host are checked here, those of a Tensor were checked before."""
     if isinstance(target, Tensor):
+        if target.requires_grad:
+            raise ValueError("softmax_cross_entropy: the target requires a gradient; detach() it")
         t = target.data
         if t.dtype != np.intp and t.dtype != logits.dtype:
             raise TypeError(f"softmax_cross_entropy: target of dtype {t.dtype} with logits of {logits.dtype}")
@@ -205,7 +207,10 @@ bce_with_logits = _loss(
 
 
 def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable | int = 0) -> Tensor:
-    """x / (1 − rate) where kept, 0 with probability `rate`: the draw depends on seed, site, step and position alone."""
+    """x / (1 − rate) where kept, 0 with probability `rate`: the draw depends on seed, site, step and position alone.
+
+    It drops whenever it is called; `gb.Dropout` is the layer that drops in training only, anew at each step.
+    """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate {rate} is not in [0, 1)")
     (x,) = tensors = ops.operands("dropout", x)

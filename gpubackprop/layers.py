@@ -152,7 +152,7 @@ class Scaler(Layer):
         """Take each column's mean and standard deviation (in float64) from the rows of x."""
         rows = as_features(x, "float64", self.inputs, "Scaler.fit")
         deviation = rows.std(0)
-        self.mean.init, self.scale.init = rows.mean(0), np.where(deviation > 0, deviation, 1.0)
+        self.mean.init, self.scale.init = rows.mean(0), np.where(rows.max(0) > rows.min(0), deviation, 1.0)
         self.homes()
         self._draw(0, ["mean", "scale"])
         return self
@@ -200,6 +200,7 @@ def mlp(
     hidden layer if asked for."""
     if len(sizes) < 2:
         raise ValueError(f"mlp: at least the input and output size expected, got {list(sizes)}")
+    fused.activation_row(activation)
     layers: list[Layer] = []
     for i, (inputs, units) in enumerate(pairwise(sizes)):
         hidden = i < len(sizes) - 2

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from gpubackprop import fused
-from gpubackprop.data import as_labels, as_targets
+from gpubackprop.data import as_labels, as_probabilities, as_targets, on_host
 from gpubackprop.tensor import Tensor
 
 __all__ = ["LOSSES", "Objective", "objective"]
@@ -38,18 +37,18 @@ class Objective:
         return mean * len(output)
 
     def targets(self, y: Any, dtype: npt.DTypeLike, outputs: int, where: str) -> npt.NDArray[Any]:
-        """y as labels (n,) or rows (n, outputs); a user's loss gets integers as labels, without a bound."""
-        if getattr(y, "ndim", None) is None:
-            y = np.asarray(y)
+        """y as labels (n,) or rows (n, outputs); a user's loss gets integers as labels if there are several outputs."""
+        y = on_host(y, where, "y")
         if (self.classes and y.ndim != 2) or (self.classes and y.ndim == 2 and y.shape[1] == 1):
             if outputs == 1:
                 raise ValueError(
                     f"{where}: {self.name} needs an output per class but the model has one; use loss='bce'"
                 )
             return as_labels(y, outputs, where)
-        if self.own and y.ndim == 1 and y.dtype.kind in "iu":
-            return np.ascontiguousarray(y, np.int64)
-        return as_targets(y, dtype, y.shape[1] if self.own and y.ndim == 2 else 1 if self.own else outputs, where)
+        if self.own and y.ndim == 1 and y.dtype.kind in "iu" and outputs > 1:
+            return as_labels(y, outputs, where)
+        as_rows = as_probabilities if self.name == "bce" and not self.own else as_targets
+        return as_rows(y, dtype, y.shape[1] if self.own and y.ndim == 2 else 1 if self.own else outputs, where)
 
 
 LOSSES = {

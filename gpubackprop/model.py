@@ -1,6 +1,7 @@
 """What every layer and model is: declared parameters, a tree of sublayers, one arena, a forward of operations."""
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -60,6 +61,8 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
 
 # ---- the base ------------------------------------------------------------------------------------------------------
 
+_laying_out = threading.RLock()  # threads that use a model first must not lay it out at once
+
 CLASSES: dict[str, type["Layer"]] = {}  # by the name that model files use
 
 
@@ -77,7 +80,7 @@ class Layer:
     """
 
     dtype: npt.DTypeLike = "float32"
-    head: str | None = None  # what turns outputs into probabilities: "softmax" or "sigmoid"; the Trainer sets it
+    output_kind: str | None = None  # what turns outputs into probabilities: "softmax" or "sigmoid"; the Trainer sets it
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     seed: int | None = None  # of the drawn weights; None while they are not drawn
     _arenas: tuple[Arena, Arena] | None = None  # trained and not
@@ -162,17 +165,20 @@ class Layer:
         undrawn = [k for k, p in named.items() if p.host_value() is None]
         trained, others = ({k: p for k, p in named.items() if p.trainable is t} for t in (True, False))
         self._arenas = arenas = Arena(trained, backend, self.dtype), Arena(others, backend, self.dtype)
-        for path, layer in self.named_layers():
-            layer._bound, layer._path = True, path
         self._draw(0, undrawn)
+        for path, layer in self.named_layers():
+            layer._path = path
+        for _, layer in self.named_layers():
+            layer._bound = True  # last, because other threads go by it
         return arenas
 
     def _own(self) -> tuple[Arena, Arena]:
         """This layer's arenas, with all its parameters: laid out anew if another model or a change took some away."""
-        homes = [p.home for p in self.named_parameters().values()]
-        if self._arenas is None or any(h is not self._arenas[0] and h is not self._arenas[1] for h in homes):
-            return self._lay_out(next((h.backend.device for h in homes if h is not None), "cpu"))
-        return self._arenas
+        with _laying_out:
+            homes = [p.home for p in self.named_parameters().values()]
+            if self._arenas is None or any(h is not self._arenas[0] and h is not self._arenas[1] for h in homes):
+                return self._lay_out(next((h.backend.device for h in homes if h is not None), "cpu"))
+            return self._arenas
 
     @property
     def arena(self) -> Arena:
@@ -201,7 +207,7 @@ class Layer:
 
         With missing=True only those that neither `initialize`, training nor `load_state_dict` set before.
         """
-        seed = fresh_seed() if seed is None else int(seed)
+        seed = as_seed(seed, "initialize")
         _ = self.arena
         named = self.named_parameters()
         keys = [k for k, p in named.items() if not (missing and p.settled)]
@@ -237,8 +243,14 @@ class Layer:
                 raise ValueError(f"load_state_dict: {k!r} has shape {value.shape} but the model's is {named[k].shape}")
             if value.dtype.kind not in "fiub":
                 raise TypeError(f"load_state_dict: {k!r} has dtype {value.dtype}; expected numbers")
+            with np.errstate(over="ignore"):
+                cast = value.astype(named[k].dtype)
+            if (np.isinf(cast) & np.isfinite(value)).any():
+                remedy = "make the model with dtype='float64'"
+                raise ValueError(f"load_state_dict: {k!r} has values too large for {cast.dtype}; {remedy}")
+            values[k] = cast
         for k, p in named.items():
-            p.data[...] = p.backend.asarray(values[k], p.dtype)
+            p.data[...] = p.backend.asarray(values[k])
             p.settled = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -255,26 +267,27 @@ class Layer:
         """The raw output for every row of x (logits, for a classifier), without training behaviour."""
         if "_predictor" not in vars(self):
             self._predictor = Predictor(self)
-        return self._predictor(x)
+        with mode(Mode()):  # what it records must infer, also inside `with training()`
+            return self._predictor(x)
 
     def predict_proba(self, x: Any) -> npt.NDArray[Any]:
         """Class probabilities: softmax over several outputs, the logistic sigmoid of one (or of each, for bce)."""
-        return self._probabilities(self.predict(x))
+        return self._probabilities(self.predict(x), "predict_proba")
 
     def predict_classes(self, x: Any) -> npt.NDArray[np.int64]:
         """The most probable class of each row; of sigmoid outputs whether each exceeds ½, as (n,) if there is one."""
         out = self.predict(x)
-        if self._head(out) == "softmax":
+        if self._head(out, "predict_classes") == "softmax":
             return np.asarray(out.argmax(1), np.int64)
         return np.asarray(out > 0, np.int64).reshape(-1 if out.shape[1] == 1 else out.shape)
 
-    def _head(self, out: npt.NDArray[Any]) -> str:
-        if self.head == "identity":
-            raise ValueError("predict_proba: the model was trained for regression; use predict")
-        return self.head or ("softmax" if out.shape[1] > 1 else "sigmoid")
+    def _head(self, out: npt.NDArray[Any], where: str) -> str:
+        if self.output_kind == "identity":
+            raise ValueError(f"{where}: the model was trained for regression; use predict")
+        return self.output_kind or ("softmax" if out.shape[1] > 1 else "sigmoid")
 
-    def _probabilities(self, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        function = ops.softmax if self._head(out) == "softmax" else ops.sigmoid
+    def _probabilities(self, out: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
+        function = ops.softmax if self._head(out, where) == "softmax" else ops.sigmoid
         return function(Tensor(out, get_backend("cpu"))).numpy()
 
     # ---- printing
@@ -282,24 +295,39 @@ class Layer:
     def describe(self) -> str:
         """One line about the layer itself."""
         arguments, keywords = self.arguments
-        parts = [str(a) for a in arguments if not isinstance(a, Layer)]
-        parts += [f"{k}={v}" for k, v in keywords.items() if not isinstance(v, Layer)]
+        parts = [_short(a) for a in arguments if not isinstance(a, Layer)]
+        parts += [f"{k}={_short(v)}" for k, v in keywords.items() if not isinstance(v, Layer)]
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __repr__(self) -> str:
         rows = [("layer", "", "parameters", "shapes")]
         for path, layer in self.named_layers():
             own = [p for p in vars(layer).values() if isinstance(p, Parameter)]
-            if path and (own or not layer.children()):
+            if own or (path and not layer.children()):
                 count = sum(math.prod(p.shape) for p in own if p.trainable)
                 rows.append((path, layer.describe(), f"{count:,}", " ".join("×".join(map(str, p.shape)) for p in own)))
-        if len(rows) == 1:
+        if not self.children():
             return self.describe()
         a, b, c = (max(len(r[i]) for r in rows) for i in range(3))
         lines = [f"  {p:<{a}}  {d:<{b}}  {n:>{c}}  {s}".rstrip() for p, d, n, s in rows]
         return "\n".join(
             [f"{type(self).__name__}: {self.parameter_count:,} parameters, {np.dtype(self.dtype)}", *lines]
         )
+
+
+def _short(argument: Any) -> str:
+    return f"array{argument.shape}" if isinstance(argument, np.ndarray) else str(argument)
+
+
+def as_seed(seed: Any, where: str) -> int:
+    """The seed as a Python integer >= 0; None draws a fresh one."""
+    if seed is None:
+        return fresh_seed()
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"{where}: seed must be an integer or None, got {type(seed).__name__} {seed!r}")
+    if seed < 0:
+        raise ValueError(f"{where}: seed must be at least 0, got {seed}")
+    return int(seed)
 
 
 def fresh_seed() -> int:

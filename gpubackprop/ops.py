@@ -5,6 +5,7 @@ Closures hold buffers, never the result itself, so that a graph is freed as soon
 
 import builtins
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -180,7 +181,7 @@ def compare(sign: str, a: Any, b: Any) -> Tensor:
 def where(condition: Any, a: Any, b: Any) -> Tensor:
     """a where the condition is not 0, else b; the gradient goes to the chosen side."""
     if not isinstance(condition, Tensor):
-        condition = np.asarray(condition, np.int8)
+        condition = (np.asarray(condition) != 0).astype(np.int8)
     c, a, b = operands("where", condition, a, b)
     y = _new(a, _broadcast("where", c, a, b))
     _fill_elementwise("where", "where(c != 0, a, b)", a, {"c": c.data, "a": a.data, "b": b.data}, y)
@@ -204,7 +205,8 @@ def clip(x: Any, low: float, high: float) -> Tensor:
 
 
 def _axes(name: str, x: Tensor, axis: Axis) -> tuple[int, ...]:
-    axes = tuple(range(x.ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    listed = range(x.ndim) if axis is None else axis if isinstance(axis, Sequence) else [axis]
+    axes = tuple(operator.index(a) for a in listed)
     for a in axes:
         if not -x.ndim <= a < x.ndim:
             raise ValueError(f"{name}: axis {a} does not exist in shape {x.shape}")
@@ -361,12 +363,12 @@ def matmul(a: Any, b: Any) -> Tensor:
     inner = b.shape[-2] if b.ndim > 1 else b.shape[0]
     if a.shape[-1] != inner:
         raise ValueError(f"matmul: a has {a.shape[-1]} columns but b has {inner} rows (shapes {a.shape} and {b.shape})")
-    if a.ndim == 1:
-        y = matmul(reshape(a, (1, -1)) if a.size else reshape(a, (1, 0)), b)
-        return reshape(y, y.shape[:-2] + y.shape[-1:])
     if b.ndim == 1:
         y = matmul(a, reshape(b, (b.size, 1)))
         return reshape(y, y.shape[:-1])
+    if a.ndim == 1:
+        y = matmul(reshape(a, (1, a.size)), b)
+        return reshape(y, y.shape[:-2] + y.shape[-1:])
     if b.ndim == 2 and a.ndim > 2:  # one matrix for the whole stack: a single product of all rows
         rows = reshape(a, (math.prod(a.shape[:-1]), a.shape[-1]))
         return reshape(_product(rows, b), a.shape[:-1] + b.shape[-1:])
@@ -464,7 +466,10 @@ def stack(tensors: Sequence[Any], axis: int = 0) -> Tensor:
     parts = operands("stack", *tensors)
     if len({t.shape for t in parts}) > 1:
         raise ValueError(f"stack: shapes {[t.shape for t in parts]} differ; use concatenate")
-    at = axis % (parts[0].ndim + 1)
+    new = parts[0].ndim + 1
+    if not -new <= axis < new:
+        raise ValueError(f"stack: axis {axis} does not exist in the {new} axes of the result")
+    at = axis % new
     return concatenate([reshape(t, (*t.shape[:at], 1, *t.shape[at:])) for t in parts], at)
 
 
@@ -472,7 +477,8 @@ def index(x: Any, key: Any) -> Tensor:
     """x[key] as NumPy: slices and integers copy a part, integer and boolean arrays gather elements (repeats add up)."""
     (x,) = operands("index", x)
     parts = key if isinstance(key, tuple) else (key,)
-    if all(isinstance(k, int | slice | type(None) | type(Ellipsis) | np.integer) for k in parts):
+    basic = int | slice | type(None) | type(Ellipsis) | np.integer
+    if all(isinstance(k, basic) and not isinstance(k, bool) for k in parts):
         if not any(k is Ellipsis for k in parts):
             parts = (*parts, Ellipsis)  # so that integers alone give a view, not a scalar
         try:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,8 +29,12 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if field.type is float:
+                value = getattr(self, field.name)
+                if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are Real
+                    got = f"{type(value).__name__} {value!r}"
+                    raise TypeError(f"{type(self).__name__}: {field.name} must be a number, got {got}")
+                object.__setattr__(self, field.name, float(value))
                 self._check(field.name, float(value))
 
     def _check(self, key: str, value: float) -> None:
@@ -45,7 +50,7 @@ class Optimizer:
     @property
     def constants(self) -> dict[str, float]:
         """The numbers that the rules' texts name."""
-        return {f.name: float(v) for f in fields(self) if isinstance(v := getattr(self, f.name), int | float)}
+        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), float)}
 
 
 @dataclass(frozen=True)

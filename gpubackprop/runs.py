@@ -142,7 +142,7 @@ class Run:
             self.seconds = time.perf_counter() - begun
             if back is not None and isinstance(self.model, Sequential):
                 self.model = Sequential(*self.model.layers, back, dtype=self.recipe.dtype)
-                self.model.head = "identity"
+                self.model.output_kind = "identity"
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Loss and metric on the rows trained on and on those held out."""
@@ -195,9 +195,9 @@ def _count(number: int, thing: str) -> str:
 
 def trained_loss(model: Layer) -> str:
     """The name of the loss a model was trained with, by its head."""
-    if model.head not in LOSSES:
+    if model.output_kind not in LOSSES:
         raise ValueError("the model was saved before any training, so that its loss is not known; train it first")
-    return LOSSES[model.head]
+    return LOSSES[model.output_kind]
 
 
 def figures(model: Layer, x: Array, y: Array, device: str) -> dict[str, float]:

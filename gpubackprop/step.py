@@ -99,6 +99,8 @@ class Step:
         if "gradient" in plan.sections:
             plan.replay(*SECTIONS[1:])
         else:
+            for section in SECTIONS[1:]:
+                plan.discard(section)  # what an error cut short
             with plan.record("before"):
                 self.state.record(table, before=True)
             with plan.record("gradient"):

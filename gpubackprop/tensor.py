@@ -394,6 +394,7 @@ def tensor(
         device, array = device or array.device, array.data
     backend = get_backend(device or "cpu")
     values = np.asarray(array)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype.kind not in "fiub":
         raise TypeError(f"tensor: numbers expected, got dtype {values.dtype}; convert the values to float first")
     wanted = np.dtype(dtype) if dtype is not None else values.dtype if values.dtype in FLOATS else np.dtype(np.float64)

@@ -1,7 +1,9 @@
 """The trainer: a recorded step per batch size, and the loop that replays it."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from gpubackprop.backends.base import StepTable, Workspace
 from gpubackprop.data import as_features, check_same_length
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
-from gpubackprop.model import Layer, Mode, fresh_seed, mode
+from gpubackprop.model import Layer, Mode, as_seed, mode
 from gpubackprop.optimizers import OPTIMIZERS, HostMoments, Optimizer, State
 from gpubackprop.plan import Plan
 from gpubackprop.progress import Bar, Interrupts
@@ -62,13 +64,15 @@ class Trainer:
         self.model = model
         self.objective = objective(loss)
         self.optimizer = _optimizer(optimizer)
+        if isinstance(metrics, str):
+            raise TypeError(f"Trainer: metrics must be a list of names, got {metrics!r}; use metrics=[{metrics!r}]")
         self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
-        self.seed = fresh_seed() if seed is None else int(seed)
+        self.seed = as_seed(seed, "Trainer")
         self.history: History = {}
         self.epoch = self.step = 0
         self._prepare(device)
         model.initialize(self.seed, missing=True)
-        model.head = self.objective.head
+        model.output_kind = self.objective.head
 
     def _prepare(self, device: str, moments: HostMoments | None = None) -> None:
         """Everything that lives on the device."""
@@ -111,12 +115,18 @@ class Trainer:
             self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")
         held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
+        if not isinstance(callbacks, Iterable):
+            raise TypeError(
+                f"fit: callbacks is {type(callbacks).__name__}; expected a list of functions of the trainer"
+            )
         callbacks = list(callbacks)
+        if stop_below is not None and (isinstance(stop_below, bool) or not isinstance(stop_below, Real)):
+            raise TypeError(f"fit: stop_below must be a number, got {type(stop_below).__name__} {stop_below!r}")
         if bad := [c for c in callbacks if not callable(c)]:
             raise TypeError(f"fit: callback {bad[0]!r} is not callable; expected a function of the trainer")
-        batch_size = min(batch_size, len(x))
+        epochs, batch_size = int(epochs), min(int(batch_size), len(x))
         for rows in {batch_size, len(x) % batch_size or batch_size}:
-            self._outputs(x.shape[1], rows, training=True)  # before anything is trained
+            self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
         source = Source(*(self.backend.asarray(a) for a in (x, y, np.arange(len(x), dtype=np.intp))))
         sums = self._sums_of(y, x.shape[1])
         steps = self._steps_for(source, sums, batch_size)
@@ -127,20 +137,27 @@ class Trainer:
                 self._begin_epoch(source, steps, shuffle)
                 begun = self.step
                 for i, step in enumerate(steps):
-                    step.run()
+                    try:
+                        step.run()
+                    except BaseException:  # the step was cut short, and its launches may have run in part
+                        self._go_back(keeper, begun)
+                        raise
                     self.step += 1
                     if interrupts.pending:
+                        if int(sums.bad_step) or not keeper.finite():
+                            self._go_back(keeper, begun)
                         interrupts.deliver()
                     if bar.shown and bar.due():
                         seen = i * batch_size + step.rows
                         bar.advance(seen, sums.mean_loss(seen))
                 self._close_epoch(sums, keeper, begun)
-                self._note(sums.figures(len(x), y))
+                figures = sums.figures(len(x), y)
                 if held_out is not None:
-                    self._note({f"val_{k}": v for k, v in self._figures(*held_out).items()})
-                bar.epoch({k: v[-1] for k, v in self.history.items()})
-                loss = self.history["loss" if held_out is None else "val_loss"][-1]
-                stops = [callback(self) is True for callback in callbacks]
+                    figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
+                self._note(figures)
+                bar.epoch(figures)
+                loss = figures["loss" if held_out is None else "val_loss"]
+                stops = [isinstance(r := c(self), bool | np.bool_) and bool(r) for c in callbacks]
                 if any(stops) or (stop_below is not None and loss < stop_below):
                     break
         return self.history
@@ -177,15 +194,20 @@ class Trainer:
     def _close_epoch(self, sums: Sums, keeper: Keeper, begun: int) -> None:
         bad = int(sums.bad_step)
         if bad or not keeper.finite():
-            keeper.restore()
-            self.step = begun
+            self._go_back(keeper, begun)
             raise TrainingDiverged(self.epoch + 1, bad - begun if bad else None)
         keeper.keep()
         self.epoch += 1
 
+    def _go_back(self, keeper: Keeper, begun: int) -> None:
+        keeper.restore()
+        self.step = begun
+
     def _note(self, figures: dict[str, float]) -> None:
-        for key, value in figures.items():
-            self.history.setdefault(key, []).append(value)
+        """One more epoch; a figure that an epoch lacks is NaN there."""
+        before = max(map(len, self.history.values()), default=0)
+        for key in dict.fromkeys((*self.history, *figures)):
+            self.history.setdefault(key, [math.nan] * before).append(figures.get(key, math.nan))
 
     # ---- the step table
 
@@ -240,7 +262,7 @@ class Trainer:
         check_same_length(rows, y, where)
         return rows, self.objective.targets(y, self.model.dtype, self._outputs(rows.shape[1], 2), where)
 
-    def _outputs(self, columns: int, rows: int, training: bool = False) -> int:
+    def _outputs(self, columns: int, rows: int, training: bool = False, target: Array | None = None) -> int:
         """Columns of the model's output, found by binding its forward without running it: layers check shapes here."""
         plan = Plan(self.backend, dry=True, space=self._space)
         with plan.record("forward"), mode(Mode(training, self.seed)):
@@ -248,6 +270,10 @@ class Trainer:
             output = self.model(x)
         if output.ndim != 2 or output.shape[0] != rows:
             raise ValueError(f"Trainer: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
+        if target is not None:
+            with Plan(self.backend, dry=True, space=self._space).record("loss"):
+                like = self.backend.empty((rows, *target.shape[1:]), target.dtype)
+                self.objective.total(output, Tensor(like, self.backend))
         return output.shape[1]
 
     def _sums_of(self, y: Array, columns: int) -> Sums:
@@ -295,5 +321,6 @@ def _at_least_one(where: str, **numbers: Any) -> None:
 
 def _pair(data: Any) -> tuple[Any, Any]:
     if not isinstance(data, tuple | list) or len(data) != 2:
-        raise TypeError(f"fit: validation_data must be (x, y), got {type(data).__name__}")
+        got = f"{len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
+        raise TypeError(f"fit: validation_data must be (x, y), got {got}")
     return data[0], data[1]

@@ -96,7 +96,7 @@ def test_round_trip(name, path, rng):
     save_model(model, path)
     loaded = load_model(path)
     assert type(loaded) is type(model) and repr(loaded) == repr(model)
-    assert np.dtype(loaded.dtype) == np.dtype(model.dtype) and loaded.head is None
+    assert np.dtype(loaded.dtype) == np.dtype(model.dtype) and loaded.output_kind is None
     before, after = model.state_dict(), loaded.state_dict()
     assert list(before) == list(after)
     for key in before:
@@ -130,7 +130,7 @@ def test_a_trained_model_comes_back_with_its_head(path):
     trainer.fit(x, y, epochs=2)
     save_model(model, path)
     loaded = load_model(path)
-    assert loaded.head == "softmax"
+    assert loaded.output_kind == "softmax"
     np.testing.assert_array_equal(loaded.predict_proba(x), model.predict_proba(x))
     assert gb.Trainer(loaded, seed=1, device="cpu").evaluate(x, y) == trainer.evaluate(x, y)
 

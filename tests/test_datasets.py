@@ -1,5 +1,7 @@
 """The bundled sets: known values."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ def test_each_call_gives_arrays_of_its_own():
 
 
 def test_digits_carry_their_licence():
-    text = (datasets._FOLDER / "DIGITS-LICENSE.txt").read_text()
+    text = Path(datasets._FOLDER, "DIGITS-LICENSE.txt").read_text()
     for words in (
         "E. Alpaydin",
         "C. Kaynak",

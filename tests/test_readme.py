@@ -35,7 +35,10 @@ def test_tables_are_complete():
 
 def test_set_up_is_two_commands_of_one_line():
     commands = re.findall(r"^    (python3 -m venv .*)$", README, re.M)
-    assert [c.split(" && ")[-1] for c in commands] == [".venv/bin/gpubackprop train digits", ".venv/bin/python -m pytest"]
+    assert [c.split(" && ")[-1] for c in commands] == [
+        ".venv/bin/gpubackprop train digits",
+        ".venv/bin/python -m pytest",
+    ]
 
 
 def test_public_names_are_there_and_documented():

@@ -39,26 +39,28 @@ class NumpyStepTable:
     def __init__(self, columns: Sequence[str], dtype: npt.DTypeLike) -> None:
         self.columns = tuple(columns)
         self.row = np.zeros(len(self.columns), dtype)
+        self.counter = np.zeros((), np.int64)
         self.load(np.zeros((1, len(self.columns))), np.zeros(1, np.int64), 1)
 
     def load(self, rows: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64], first: int) -> None:
         """Take the rows of the coming steps; see StepTable."""
         self.rows, self.offsets, self.first = rows.astype(self.row.dtype), offsets, first
-        self._seek(0)
+        self.counter[...] = -1
+        self.advance()
 
     def advance(self) -> None:
         """Move on to the next row; past the last one the row in force stays."""
-        self._seek(self.position + 1)
-
-    def _seek(self, position: int) -> None:
-        self.position = position
-        if position < len(self.rows):
-            self.row[...] = self.rows[position]
-            self.offset = int(self.offsets[position])
+        self.counter += 1
+        if self.counter < len(self.rows):
+            self.row[...] = self.rows[self.counter]
 
     def step(self) -> int:
         """The number of the step in force, counted over the whole training from 1."""
-        return self.first + self.position
+        return self.first + int(self.counter)
+
+    def offset(self) -> int:
+        """The first row of the batch in force."""
+        return int(self.offsets[min(int(self.counter), len(self.offsets) - 1)])
 
     def scalar(self, column: str) -> Array:
         """The column's value in force, as a 0-d view that follows it."""
@@ -157,10 +159,12 @@ class NumpyBackend:
     ) -> Launch:  # fmt: skip
         """out = op(a) @ op(b); see Backend."""
         _common("gemm", {"out": out}, {}, extra=(a, b))
+        _expect("gemm", a.ndim >= 2 and b.ndim >= 2, f"{a.shape} @ {b.shape} into {out.shape}")
         left = a.swapaxes(-1, -2) if transpose_a else a
         right = b.swapaxes(-1, -2) if transpose_b else b
         (m, k), n = left.shape[-2:], right.shape[-1]
-        fits = right.shape[-2] == k and out.shape == (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), m, n)
+        stacks = {s for s in (a.shape[:-2], b.shape[:-2]) if s}
+        fits = right.shape[-2] == k and len(stacks) <= 1 and out.shape == (*next(iter(stacks), ()), m, n)
         _expect("gemm", fits and out.ndim <= 3, f"{left.shape} @ {right.shape} into {out.shape}")
         product = np.dot if out.ndim == 2 else np.matmul  # dot reaches BLAS half a microsecond sooner
         what = what or f"out {'+' * accumulate}= a{'ᵀ' * transpose_a} @ b{'ᵀ' * transpose_b}"
@@ -214,7 +218,8 @@ class NumpyBackend:
         n, steps = len(out), _numpy(table)
 
         def take() -> None:
-            source.take(permutation[steps.offset : steps.offset + n], 0, out, "clip")
+            start = steps.offset()
+            source.take(permutation[start : start + n], 0, out, "clip")
 
         return _launch("feed", "the batch's rows of the data", {"rows": out}, {"out": out}, 0, [take])
 
@@ -272,7 +277,7 @@ class NumpyBackend:
         accumulate: bool = False,
     ) -> Launch:
         """out = x / (1 − rate) where kept, else 0; see Backend."""
-        number = (lambda: step) if isinstance(step, int) else _numpy(step).step
+        number = (lambda: int(step)) if isinstance(step, int | np.integer) else _numpy(step).step
         calls = rows.dropout(x, rate, seed, site, number, out, accumulate)
         what = f"out {'+' * accumulate}= x / {1 - rate:g} where kept, else 0"
         return _launch("dropout", what, {"x": x}, {"out": out}, x.size, calls)
@@ -293,7 +298,9 @@ class NumpyBackend:
 
     def advance(self, table: StepTable) -> Launch:
         """Move on to the next row; see Backend."""
-        return _launch("advance", "next row of the step table", {}, {}, 0, [_numpy(table).advance])
+        steps = _numpy(table)
+        writes = {"counter": steps.counter, "row": steps.row}
+        return _launch("advance", "next row of the step table", {}, writes, 0, [steps.advance])
 
 
 # ---- checks and shorthands -----------------------------------------------------------------------------------------

@@ -1,0 +1,464 @@
+"""What the five seed documents state, row by row of the checklist, with its errata."""
+
+import numpy as np
+import pytest
+
+import gpubackprop as gb
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def softmax(a):
+    e = np.exp(a - a.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def leaf(a):
+    return gb.tensor(np.asarray(a, np.float64), requires_grad=True)
+
+
+def gradient(function, *arrays):
+    """∂function/∂array for each array."""
+    leaves = [leaf(a) for a in arrays]
+    function(*leaves).backward()
+    grads = [x.grad.numpy() for x in leaves]
+    return grads[0] if len(grads) == 1 else grads
+
+
+def parameters(layers):
+    return [(layer.weight, layer.bias) for layer in layers]
+
+
+# ---- rows 1 to 3: dense networks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "activation, f", [("sigmoid", sigmoid), ("tanh", np.tanh), ("relu", lambda a: np.maximum(a, 0))]
+)
+def test_seed_01_the_column_form_is_the_row_form(activation, f, rng):
+    """A = W Z + B on columns (W: out × in) is the transpose of x @ w + b on rows (erratum E11)."""
+    model = gb.mlp([7, 5, 6, 3], activation, dtype="float64").initialize(1)
+    x = rng.normal(size=(4, 7))
+    z = x.T
+    for w, b in parameters(model.layers):
+        a = w.numpy().T @ z + b.numpy()[:, None]
+        z = a if b.shape == (3,) else f(a)
+    assert np.abs(model(x).numpy() - z.T).max() <= 1e-12
+
+
+def test_seed_01_backward_in_column_form(rng):
+    """Δ(r) = f′(A) ⊙ Wᵀ Δ(r+1), dW = Δ Zᵀ summed over the samples, dB the row sums of Δ (erratum E8)."""
+    model = gb.mlp([4, 5, 3], "sigmoid", dtype="float64").initialize(2)
+    x, labels = rng.normal(size=(6, 4)), rng.integers(0, 3, 6)
+    gb.softmax_cross_entropy(model(x), labels, "sum").backward()
+    (w1, b1), (w2, b2) = parameters(model.layers)
+    z1 = sigmoid(w1.numpy().T @ x.T + b1.numpy()[:, None])
+    y = softmax((w2.numpy().T @ z1 + b2.numpy()[:, None]).T).T
+    delta2 = y - np.eye(3)[labels].T
+    delta1 = z1 * (1 - z1) * (w2.numpy() @ delta2)
+    for p, expected in ((w2, delta2 @ z1.T), (b2, delta2.sum(1)), (w1, delta1 @ x), (b1, delta1.sum(1))):
+        assert np.abs(p.grad.numpy().T - expected).max() <= 1e-12
+
+
+def test_seed_02_the_linear_model_has_gradient_x_times_y_minus_t(rng):
+    """dL/dw_ki = x_i (y_k − t_k), to the last bit, for one sample: residual and outer product are one rounding each."""
+    model = gb.Sequential(gb.Dense(5, 3), dtype="float64").initialize(3)
+    x, label = rng.normal(size=(1, 5)), np.array([1])
+    logits = model(x).retain_grad()
+    gb.softmax_cross_entropy(logits, label).backward()
+    ((w, b),) = parameters(model.layers)
+    residual = logits.grad.numpy()
+    np.testing.assert_allclose(residual, softmax(logits.numpy()) - np.eye(3)[label], rtol=0, atol=1e-15)
+    np.testing.assert_array_equal(w.grad.numpy(), x.T * residual)
+    np.testing.assert_array_equal(b.grad.numpy(), residual[0])
+
+
+def test_seed_02_multiclass_logistic_regression_is_convex_and_its_gradient_checks(rng):
+    x, labels = rng.normal(size=(30, 4)), rng.integers(0, 3, 30)
+
+    def loss(w, b):
+        return gb.softmax_cross_entropy(gb.tensor(x) @ w + b, labels)
+
+    def value(w, b):
+        return loss(gb.tensor(w), gb.tensor(b)).item()
+
+    for _ in range(5):
+        p, q = ((rng.normal(size=(4, 3)), rng.normal(size=3)) for _ in "pq")
+        assert gb.gradcheck(loss, p) <= 1e-8
+        assert value(*((a + b) / 2 for a, b in zip(p, q, strict=True))) < (value(*p) + value(*q)) / 2
+        dw, db = gradient(loss, *p)  # the graph lies above its tangent
+        assert value(*q) >= value(*p) + np.sum(dw * (q[0] - p[0])) + np.sum(db * (q[1] - p[1]))
+
+
+def test_seed_03_a_bias_is_a_weight_on_the_constant_1(rng):
+    x, w, b, t = (rng.normal(size=s) for s in ((6, 4), (4, 3), (3,), (6, 3)))
+    one = np.ones((6, 1))
+    with_bias = gradient(lambda w, b: gb.mse(gb.dense(gb.tensor(x), w, b, "tanh"), t), w, b)
+    as_weight = gradient(
+        lambda v: gb.mse(gb.dense(gb.tensor(np.hstack([x, one])), v, None, "tanh"), t), np.vstack([w, b])
+    )
+    assert np.abs(as_weight[:4] - with_bias[0]).max() <= 1e-12
+    assert np.abs(as_weight[4] - with_bias[1]).max() <= 1e-12
+
+
+# ---- rows 5 to 9: activations and losses ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "identity"])
+def test_seed_05_activations(activation, rng):
+    layer = gb.Activation(activation)
+    x = rng.uniform(0.1, 4, (40,)) * rng.choice([-1, 1], 40)
+    assert gb.gradcheck(layer, x, tolerance=1e-9) <= 1e-9
+    extreme = leaf([-1e4, 1e4])
+    y = layer(extreme)
+    y.sum().backward()
+    assert np.isfinite(y.numpy()).all() and np.isfinite(extreme.grad.numpy()).all()
+
+
+def test_seed_05_the_largest_slope_of_the_sigmoid_is_a_quarter():
+    x = np.linspace(-8, 8, 1601)
+    slope = gradient(lambda x: gb.sigmoid(x).sum(), x)
+    z = sigmoid(x)
+    assert slope.max() == 0.25 and x[slope.argmax()] == 0
+    np.testing.assert_allclose(slope, z * (1 - z), rtol=1e-13)
+
+
+E9 = np.array([[0.3, -0.2, 0.8]]), np.array([[0.5, 0.2, 0.1]])
+
+
+def test_seed_06_softmax_with_cross_entropy(rng):
+    a, t = rng.normal(size=(5, 7)) * 4, rng.random((5, 7))
+    np.testing.assert_allclose(gb.softmax(gb.tensor(a)).numpy().sum(1), 1, rtol=1e-15)
+    shifted = [gradient(lambda a: gb.softmax_cross_entropy(a, t), a + c) for c in (0, 1e4, -1e4)]
+    np.testing.assert_allclose(shifted[1], shifted[0], atol=1e-11)
+    np.testing.assert_allclose(shifted[2], shifted[0], atol=1e-11)
+    for target in ([1], [0], np.array([[0.5, 0.5, 0.0]])):
+        x = leaf([[1e4, -1e4, 0]])
+        loss = gb.softmax_cross_entropy(x, target)
+        loss.backward()
+        assert np.isfinite(loss.item()) and np.isfinite(x.grad.numpy()).all()
+
+
+def test_seed_06_targets_need_not_sum_to_1():
+    """The gradient is (Σt) y − t (erratum E9); y − t only for Σt = 1."""
+    a, t = E9
+    d = gradient(lambda a: gb.softmax_cross_entropy(a, t), a)
+    np.testing.assert_allclose(d, [[-0.25424, -0.05094, 0.30518]], atol=5e-6)
+    assert np.abs(d - [[-0.19280, -0.01368, 0.40648]]).max() > 0.03
+    t = t / t.sum()
+    np.testing.assert_allclose(gradient(lambda a: gb.softmax_cross_entropy(a, t), a), softmax(a) - t, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", ["softmax_cross_entropy", "mse", "half_mse", "sse", "bce_with_logits"])
+def test_seed_07_duplicating_the_data_leaves_loss_and_gradient_unchanged(loss, rng):
+    """L is a mean over the samples; as a sum it doubles."""
+    x, w, t = rng.normal(size=(6, 4)), rng.normal(size=(4, 3)), rng.random((6, 3))
+
+    def both(x, t, reduction):
+        v = leaf(w)
+        value = getattr(gb, loss)(gb.tensor(x) @ v, t, reduction)
+        value.backward()
+        return value.item(), v.grad.numpy()
+
+    for reduction, factor in (("mean", 1), ("sum", 2)):
+        once, twice = both(x, t, reduction), both(np.vstack([x, x]), np.vstack([t, t]), reduction)
+        assert twice[0] == pytest.approx(factor * once[0], rel=1e-14)
+        np.testing.assert_allclose(twice[1], factor * once[1], rtol=1e-12)
+    assert both(x, t, "mean")[0] == pytest.approx(both(x, t, "sum")[0] / 6, rel=1e-14)
+
+
+def test_seed_08_squared_errors_behind_a_sigmoid(rng):
+    """δ_L = 2 (a − y) σ′(z) per sample; mse is the mean over samples and outputs, half_mse its half, sse the sum."""
+    z, t = rng.normal(size=(5, 3)), rng.random((5, 3))
+    a = sigmoid(z)
+    delta = 2 * (a - t) * a * (1 - a)
+    for loss, factor, per in (("sse", 1, 1), ("mse", 1, 3), ("half_mse", 0.5, 3)):
+        value = getattr(gb, loss)
+        np.testing.assert_allclose(
+            gradient(lambda z, f=value: f(gb.sigmoid(z), t, "sum"), z), factor * delta / per, rtol=1e-13
+        )
+        np.testing.assert_allclose(
+            gradient(lambda z, f=value: f(gb.sigmoid(z), t), z), factor * delta / per / 5, rtol=1e-13
+        )
+
+
+def test_seed_08_the_line_of_the_seed():
+    """f = −0.11 x + 2.5 has MSE 0.160241; the seed's 0.08 is half of it (erratum E2). The best line has 0.018052."""
+    x, y = gb.datasets.regression7()
+    for m, b, mse, half in ((-0.11, 2.5, 0.160241, 0.080120), (0.335593220339, 0.804721549637, 0.018052, 0.009026)):
+        line, target = gb.tensor(m * x + b), y.reshape(-1, 1)
+        assert gb.mse(line, target).item() == pytest.approx(mse, abs=6e-7)
+        assert gb.half_mse(line, target).item() == pytest.approx(half, abs=6e-7)
+
+
+def test_seed_09_cross_entropy_learns_where_squared_errors_do_not():
+    """The saturated neuron (w, b) = (2, 2), x = 1, t = 0: δ = a − y for cross-entropy, times σ′ for half-MSE."""
+    x, t = np.array([[1.0]]), np.array([[0.0]])
+    slopes = {}
+    for key, loss in (("ce", gb.bce_with_logits), ("half_mse", lambda z, t: gb.half_mse(gb.sigmoid(z), t))):
+        slopes[key], _ = gradient(lambda w, b, f=loss: f(gb.dense(gb.tensor(x), w, b), t), [[2.0]], [2.0])
+    assert slopes["ce"].item() == pytest.approx(0.98201, abs=5e-6)
+    assert slopes["half_mse"].item() == pytest.approx(0.01735, abs=5e-6)
+    assert slopes["ce"].item() / slopes["half_mse"].item() == pytest.approx(56.6, abs=0.05)
+
+
+def test_seed_09_the_gradient_at_the_logit_is_a_minus_y(rng):
+    z, t = rng.normal(size=(6, 1)) * 3, rng.random((6, 1))
+    np.testing.assert_allclose(
+        gradient(lambda z: gb.bce_with_logits(z, t, "sum"), z), sigmoid(z) - t, rtol=1e-13, atol=1e-15
+    )
+
+
+# ---- rows 12, 13, 17: flow rules, chain rule, matrix form ----------------------------------------------------------
+
+FLOW = [  # rule, z, ∂z/∂x and ∂z/∂y at (x, y)
+    ("addition", lambda x, y: x + y, lambda x, y: (1, 1)),
+    ("a constant", lambda x, y: 3.5 * x + 0 * y, lambda x, y: (3.5, 0)),
+    ("multiplication", lambda x, y: x * y, lambda x, y: (y, x)),
+    ("maximum", gb.maximum, lambda x, y: (float(x > y), float(y > x))),
+    ("sigmoid", lambda x, y: gb.sigmoid(x) + 0 * y, lambda x, y: (sigmoid(x) * (1 - sigmoid(x)), 0)),
+]
+
+
+@pytest.mark.parametrize("rule, z, exact", FLOW)
+@pytest.mark.parametrize("x, y", [(0.7, -1.2), (-0.3, 2.0), (1.5, 1.5)])
+def test_seed_12_flow_rules(rule, z, exact, x, y):
+    """At a tie of the maximum both branches get 0 (erratum E15: documented)."""
+    for dz in (1.0, -2.5):
+        leaves = leaf(x), leaf(y)
+        z(*leaves).backward(dz)
+        for p, d in zip(leaves, exact(x, y), strict=True):
+            assert p.grad.item() == pytest.approx(dz * d, rel=1e-15)
+
+
+def test_seed_12_fan_out_adds_up():
+    assert gradient(lambda x: x + x, 5.0) == 2
+    assert gradient(lambda x: gb.concatenate([x.reshape(1)] * 9).sum(), 5.0) == 9
+    y = leaf([2.0, 3.0])
+    (gb.sigmoid(y[0]) + y[0] * y[1] + y.sum()).backward()
+    s = sigmoid(2.0)
+    np.testing.assert_allclose(y.grad.numpy(), [s * (1 - s) + 3 + 1, 2 + 1], rtol=1e-15)
+
+
+def test_seed_13_chain_rule():
+    assert gradient(lambda w: gb.sigmoid(gb.sigmoid(w)), 0.7) == pytest.approx(0.0496742538397, abs=5e-14)
+    assert gradient(lambda w: gb.cos(w * w), 0.7) == pytest.approx(-0.6588762434, abs=5e-11)
+    assert gradient(lambda w: gb.cos(w**2), 0.7) == pytest.approx(-2 * 0.7 * np.sin(0.7**2), rel=1e-15)  # erratum E13
+
+
+def test_seed_13_two_paths_add_up():
+    """o = K(p, q), p = g(y), q = h(z), y = z = f(w): ∂o/∂w = K_p g′(y) f′(w) + K_q h′(z) f′(w)."""
+    w = 0.7
+    f, g, h = np.sin(w), np.exp(np.sin(w)), np.sin(w) ** 3
+    exact = h * np.exp(f) * np.cos(w) + g * 3 * f**2 * np.cos(w)  # K(p, q) = p q
+    p_only = gradient(lambda w: gb.exp(gb.sin(w)) * gb.sin(w).detach() ** 3, w)
+    q_only = gradient(lambda w: gb.exp(gb.sin(w)).detach() * gb.sin(w) ** 3, w)
+    both = gradient(lambda w: (lambda y: gb.exp(y) * y**3)(gb.sin(w)), w)
+    assert both == pytest.approx(exact, rel=1e-14)
+    assert p_only + q_only == pytest.approx(exact, rel=1e-14)
+
+
+@pytest.mark.parametrize("activation", sorted(gb.formulas.ACTIVATIONS))
+def test_seed_17_the_fused_backward_is_f_prime_times_w_delta(activation, rng):
+    """dense in one launch = its parts; Δ(1) = f′(A) ⊙ Wᵀ Δ(2)."""
+    x, w, b, v, t = (rng.normal(size=s) for s in ((6, 4), (4, 5), (5,), (5, 3), (6, 3)))
+    f = gb.Activation(activation)
+    parts = {}
+
+    def fused(x, w, b, v):
+        return gb.sse(gb.dense(gb.dense(x, w, b, activation), v), t, "sum")
+
+    def unfused(x, w, b, v):
+        a = (x @ w + b).retain_grad()
+        z = f(a).retain_grad()
+        y = (z @ v).retain_grad()
+        parts.update(a=a, z=z, y=y)
+        return ((y - t) ** 2).sum()
+
+    for one, other in zip(gradient(fused, x, w, b, v), gradient(unfused, x, w, b, v), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+    a, z, y = (parts[k] for k in "azy")
+    slope = leaf(a.numpy())
+    f(slope).sum().backward()
+    np.testing.assert_allclose(z.grad.numpy(), y.grad.numpy() @ v.T, rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(a.grad.numpy(), slope.grad.numpy() * z.grad.numpy(), rtol=1e-13, atol=1e-13)
+
+
+# ---- rows 20, 21: descent ------------------------------------------------------------------------------------------
+
+
+def descend(w, b, x, t, lr, batch, epochs):
+    """Mini-batch gradient descent of a linear model with softmax and cross-entropy, by hand; (w, b, L per epoch)."""
+    losses = []
+    for _ in range(epochs):
+        total = 0.0
+        for start in range(0, len(x), batch):
+            part, goal = x[start : start + batch], t[start : start + batch]
+            y = softmax(part @ w + b)
+            total -= np.sum(goal * np.log(y))
+            residual = (y - goal) / len(part)
+            w, b = w - lr * part.T @ residual, b - lr * residual.sum(0)
+        losses.append(total / len(x))
+    return w, b, losses
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 12, 100])
+def test_seed_20_gd_sgd_and_mini_batches(batch, rng):
+    """B = 1 is SGD and B = M is GD; the last batch of B = 5 has two rows and is averaged over them."""
+    x, labels = rng.normal(size=(12, 4)), rng.integers(0, 3, 12)
+    model = gb.Sequential(gb.Dense(4, 3), dtype="float64")
+    trainer = gb.Trainer(model, optimizer=gb.SGD(lr=0.3), seed=0)
+    start = model.state_dict()
+    history = trainer.fit(x, labels, epochs=5, batch_size=batch, shuffle=False)
+    w, b, losses = descend(start["0.weight"], start["0.bias"], x, np.eye(3)[labels], 0.3, min(batch, 12), 5)
+    end = model.state_dict()
+    assert np.abs(end["0.weight"] - w).max() <= 1e-12 and np.abs(end["0.bias"] - b).max() <= 1e-12
+    np.testing.assert_allclose(history["loss"], losses, rtol=1e-12)
+
+
+def test_seed_20_the_batch_gradient_is_the_mean_of_the_samples_gradients(rng):
+    model = gb.mlp([4, 6, 3], "tanh", dtype="float64").initialize(0)
+    x, labels = rng.normal(size=(8, 4)), rng.integers(0, 3, 8)
+
+    def gradients(rows):
+        gb.softmax_cross_entropy(model(x[rows]), labels[rows]).backward()
+        return [p.grad.numpy() for pair in parameters(model.layers) for p in pair]
+
+    each = [gradients([i]) for i in range(8)]
+    for whole, *parts in zip(gradients(list(range(8))), *each, strict=True):
+        assert np.abs(whole - np.mean(parts, axis=0)).max() <= 1e-12
+
+
+@pytest.mark.parametrize("n, batch", [(12, 4), (13, 4), (7, 1), (9, 9)])
+def test_seed_20_each_sample_is_seen_once_per_epoch(n, batch):
+    """Sample i alone moves weight i, by −1/B each time it is seen in a batch of B."""
+    model = gb.Sequential(gb.Dense(n, 1, bias=False, init="zeros"), dtype="float64")
+    trainer = gb.Trainer(model, loss=lambda y, t: (y * t).mean(), optimizer=gb.SGD(lr=1.0), metrics=[], seed=4)
+    moves = []
+    for _ in range(3):
+        before = model.state_dict()["0.weight"]
+        trainer.fit(np.eye(n), np.ones(n), epochs=1, batch_size=batch)
+        moves.append((before - model.state_dict()["0.weight"]).ravel())
+    last = n % batch
+    for move in moves:
+        expected = np.sort([1 / batch] * (n - last) + [1 / max(last, 1)] * last)
+        np.testing.assert_allclose(np.sort(move), expected, rtol=1e-14)
+    if last:  # who is in the short batch changes from epoch to epoch
+        assert len({tuple(np.round(move, 9)) for move in moves}) > 1
+
+
+def problem(rng, n=50):
+    x = rng.normal(size=(n, 4))
+    return x, (x @ rng.normal(size=(4, 3)) + 0.3 * rng.normal(size=(n, 3))).argmax(1)
+
+
+def test_seed_21_stops_at_the_first_check_below_the_threshold(rng):
+    """B-SGD, Steps 1 to 4: after each epoch the validation loss is compared with τ."""
+    x, y = problem(rng)
+    held_out = rng.normal(size=(20, 4)), rng.integers(0, 3, 20)  # noise: the loss goes up and down
+
+    def fit(**how):
+        trainer = gb.Trainer(gb.mlp([4, 8, 3], "tanh", dtype="float64"), optimizer=gb.SGD(lr=0.5), seed=0)
+        return trainer.fit(x, y, epochs=12, batch_size=16, validation_data=held_out, **how)["val_loss"]
+
+    losses = fit()
+    assert len(losses) == 12
+    for tau in [*losses, *np.linspace(min(losses) * 1.001, max(losses), 5)]:
+        below = [i for i, loss in enumerate(losses) if loss < tau]
+        assert fit(stop_below=tau) == (losses[: below[0] + 1] if below else losses)
+
+
+def test_seed_21_without_validation_data_the_training_loss_is_checked(rng):
+    x, y = problem(rng)
+
+    def fit(**how):
+        trainer = gb.Trainer(gb.mlp([4, 8, 3], "tanh", dtype="float64"), optimizer=gb.SGD(lr=0.05), seed=0)
+        return trainer.fit(x, y, epochs=8, batch_size=16, **how)["loss"]
+
+    losses = fit()
+    assert losses == sorted(losses, reverse=True)
+    assert fit(stop_below=losses[3]) == losses[:5]
+    assert fit(stop_below=losses[3] * (1 + 1e-12)) == losses[:4]
+
+
+def test_seed_21_the_loss_of_an_epoch_weighs_every_sample_alike(rng):
+    """The ragged batch counts by its own rows: at a standstill the epoch's loss is that of the whole data."""
+    x, y = problem(rng, 50)
+    model = gb.mlp([4, 8, 3], dtype="float64")
+    trainer = gb.Trainer(model, optimizer=gb.SGD(lr=1e-300), seed=0)
+    whole = gb.softmax_cross_entropy(model(x), y).item()
+    for batch in (16, 49, 50, 1):
+        assert trainer.fit(x, y, epochs=1, batch_size=batch)["loss"][-1] == pytest.approx(whole, rel=1e-13)
+    assert trainer.evaluate(x, y)["loss"] == pytest.approx(whole, rel=1e-13)
+
+
+# ---- rows 33, 34: counts and initial values ------------------------------------------------------------------------
+
+
+def test_seed_33_parameter_counts():
+    model = gb.mlp([784, 15, 10], "sigmoid")
+    assert model.parameter_count == 11_910 + 25 == 11_935
+    assert "11,935 parameters" in str(model)
+    weights = sum(np.prod(p.shape) for k, p in model.named_parameters().items() if k.endswith("weight"))
+    assert (weights, 11_935 - weights) == (11_910, 25)
+    assert "11,935 parameters" in str(gb.Trainer(model, seed=0).plan(32))
+    # 224 × 224 × 3 × 100 is 15,052,800 (erratum E1: the seed's product is off by 30,000)
+    assert gb.Dense(224 * 224 * 3, 100, bias=False).parameter_count == 15_052_800
+
+
+INITIALIZERS = [
+    ("glorot_uniform", 2 / (300 + 200)), ("glorot_normal", 2 / (300 + 200)), ("he_uniform", 2 / 300),
+    ("he_normal", 2 / 300), ("lecun_uniform", 1 / 300), ("lecun_normal", 1 / 300),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("init, variance", INITIALIZERS)
+def test_seed_34_the_sample_variance_is_the_initializers(init, variance):
+    n = 300 * 200
+    w = gb.Dense(300, 200, init=init).initialize(5).state_dict()["weight"].astype(np.float64)
+    kurtosis = 3.0 if init.endswith("normal") else 1.8
+    assert abs(w.mean()) < 4 * np.sqrt(variance / n)
+    assert abs(w.var() / variance - 1) < 4 * np.sqrt((kurtosis - 1) / n)
+    assert abs(np.mean(w**4) / w.var() ** 2 - kurtosis) < 0.15
+    limit = np.sqrt(3 * variance)
+    assert (np.abs(w).max() <= limit * (1 + 1e-6)) == init.endswith("uniform")
+    assert len(np.unique(w)) > 0.9 * n or init.endswith("uniform")
+
+
+@pytest.mark.parametrize("activation, variance", [
+    ("relu", 2 / 300), ("gelu", 2 / 300), ("tanh", 2 / 500), ("sigmoid", 2 / 500), ("identity", 2 / 500),
+    ("selu", 1 / 300),
+])  # fmt: skip
+def test_seed_34_the_default_fits_the_activation(activation, variance):
+    state = gb.Dense(300, 200, activation).initialize(5).state_dict()
+    assert abs(state["weight"].astype(np.float64).var() / variance - 1) < 4 * np.sqrt(2 / 60_000)
+    assert not state["bias"].any()
+
+
+@pytest.mark.parametrize("activation, init", [("tanh", "zeros"), ("sigmoid", "zeros"), ("tanh", 0.1), ("relu", 0.1)])
+def test_seed_34_equal_units_stay_equal(activation, init, rng):
+    """The symmetry of a constant start is never broken by gradients; a random start has none."""
+    x, y = problem(rng)
+
+    def hidden_after_training(init):
+        model = gb.Sequential(gb.Dense(4, 6, activation, init=init), gb.Dense(6, 3, init=init), dtype="float64")
+        gb.Trainer(model, optimizer=gb.Adam(lr=0.05), seed=0).fit(x, y, epochs=20, batch_size=16)
+        return model.state_dict()["0.weight"]
+
+    w = hidden_after_training(init)
+    assert np.abs(w - w[:, :1]).max() <= 1e-12
+    assert np.abs(hidden_after_training(None) - w).max() > 0.1
+
+
+def test_seed_34_custom_starts():
+    given = np.arange(6.0).reshape(2, 3)
+    for init in (given, lambda shape, generator: given, given.tolist()):
+        assert gb.Dense(2, 3, init=init).initialize(0).state_dict()["weight"].tolist() == given.tolist()
+    drawn = gb.Dense(2, 3, init=lambda shape, g: g.normal(size=shape), bias_init=0.5).initialize(0).state_dict()
+    assert drawn["weight"].std() > 0 and drawn["bias"].tolist() == [0.5] * 3
+    with pytest.raises(ValueError, match="unknown initializer 'glorot'; choose from glorot_normal, glorot_uniform"):
+        gb.Dense(2, 3, init="glorot").initialize(0)
+    with pytest.raises(ValueError, match=r"initializer of weight: returned shape \(3, 2\), expected \(2, 3\)"):
+        gb.Dense(2, 3, init=lambda shape, generator: given.T.copy()).initialize(0)
