@@ -35,11 +35,11 @@ class Activation:
 
     def forward_graph(self, x: "Expr | None" = None) -> "Expr":
         """The graph of y, with another expression (a bias added, say) in the place of x."""
-        return value(self.forward, dict(self.constants), {} if x is None else {"x": x})
+        return _graph(self.forward, self.constants, x or name("x"))
 
     def backward_graph(self) -> "Expr":
         """The graph of dx = dy * derivative."""
-        return chain(name("dy"), value(self.derivative, dict(self.constants)))
+        return chain(name("dy"), _graph(self.derivative, self.constants, name("x")))
 
 
 def _rows(*rows: Any) -> dict[str, Any]:
@@ -230,6 +230,11 @@ def number(value: float) -> Expr:
     if not finite:
         raise ValueError(f"formula: the literal {value} is not a finite float64")
     return _intern("number", (), float(value), _sign(float(value)))
+
+
+@cache  # texts are few, and eager code binds them again and again
+def _graph(text: str, constants: tuple[tuple[str, float], ...], x: Expr) -> Expr:
+    return value(text, dict(constants), {"x": x})
 
 
 def apply(op: str, *args: Expr) -> Expr:

@@ -38,15 +38,12 @@ class Dense(Layer):
         bias_init: Any = "zeros",
     ) -> None:  # fmt: skip
         fused.activation_row(activation)
+        self.inputs = inputs
         self.activation = activation
         self.weight = Parameter(
             (inputs, units), init if init is not None else _DEFAULT_INIT.get(activation, "he_normal")
         )
         self.bias = Parameter((units,), bias_init) if bias else None
-
-    @property
-    def inputs(self) -> int | None:
-        return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.weight.shape[0]:
@@ -86,12 +83,9 @@ class LayerNorm(Layer):
     """gain · (x − mean) / √(var + eps) + bias over each row's columns."""
 
     def __init__(self, columns: int, eps: float = 1e-5) -> None:
+        self.inputs = columns
         self.eps = eps
         self.gain, self.bias = Parameter((columns,), "ones"), Parameter((columns,))
-
-    @property
-    def inputs(self) -> int | None:
-        return self.gain.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.layer_norm(x, self.gain, self.bias, self.eps)
@@ -107,14 +101,11 @@ class BatchNorm(Layer):
     def __init__(self, columns: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         if not 0 < momentum <= 1:
             raise ValueError(f"BatchNorm: momentum {momentum} is not in (0, 1]")
+        self.inputs = columns
         self.momentum, self.eps = momentum, eps
         self.gain, self.bias = Parameter((columns,), "ones"), Parameter((columns,))
         self.mean = Parameter((columns,), "zeros", trainable=False)
         self.variance = Parameter((columns,), "ones", trainable=False)
-
-    @property
-    def inputs(self) -> int | None:
-        return self.gain.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         if not current_mode().training:
@@ -140,13 +131,10 @@ class Scaler(Layer):
     """
 
     def __init__(self, columns: int, inverse: bool = False) -> None:
+        self.inputs = columns
         self.inverse = inverse
         self.mean = Parameter((columns,), "zeros", trainable=False)
         self.scale = Parameter((columns,), "ones", trainable=False)
-
-    @property
-    def inputs(self) -> int | None:
-        return self.mean.shape[0]
 
     def fit(self, x: Any) -> "Scaler":
         """Take each column's mean and standard deviation (in float64) from the rows of x."""

@@ -65,6 +65,8 @@ LOSSES = {
 
 def objective(loss: str | Callable[..., Tensor]) -> Objective:
     """The objective of a name, or of a callable (output, target) -> tensor."""
+    if not isinstance(loss, str) and not callable(loss):
+        raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (output, target) -> tensor")
     if callable(loss):
         return Objective(getattr(loss, "__name__", "loss"), loss, "identity", (), own=True)
     if loss not in LOSSES:

@@ -113,20 +113,29 @@ class Layer:
 
     @property
     def inputs(self) -> int | None:
-        """Columns of x the layer expects, if it cares."""
-        return next((n for layer in self.children().values() if (n := layer.inputs) is not None), None)
+        """Columns of x the layer expects, if it cares; a layer of one's own may assign it."""
+        given: int | None = vars(self).get("_inputs")
+        return given or next((n for layer in self.children().values() if (n := layer.inputs) is not None), None)
+
+    @inputs.setter
+    def inputs(self, columns: int) -> None:
+        self._inputs = columns
 
     # ---- the tree
 
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        """Attributes by name; the items of lists, tuples and dicts by name and position or key."""
+        for name, value in vars(self).items():
+            if name == "arguments":
+                continue
+            yield name, value
+            if isinstance(value, list | tuple | dict):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                yield from ((f"{name}.{key}", item) for key, item in items)
+
     def children(self) -> dict[str, "Layer"]:
-        """Sublayers by attribute name; those in a list or tuple by attribute and position."""
-        found: dict[str, Layer] = {}
-        for key, value in vars(self).items():
-            if isinstance(value, Layer):
-                found[key] = value
-            elif isinstance(value, list | tuple):
-                found |= {f"{key}.{i}": v for i, v in enumerate(value) if isinstance(v, Layer)}
-        return found
+        """Sublayers by attribute name; those in a list, tuple or dict by attribute and position or key."""
+        return {name: value for name, value in self._members() if isinstance(value, Layer)}
 
     def named_layers(self, path: str = "") -> Iterator[tuple[str, "Layer"]]:
         """This layer and all below it, with dotted paths, in order."""
@@ -139,7 +148,7 @@ class Layer:
         found: dict[str, Parameter] = {}
         seen: set[Parameter] = set()
         for path, layer in self.named_layers():
-            for key, value in vars(layer).items():
+            for key, value in layer._members():
                 if isinstance(value, Parameter) and value not in seen:
                     seen.add(value)
                     found[f"{path}.{key}" if path else key] = value
@@ -302,7 +311,7 @@ class Layer:
     def __repr__(self) -> str:
         rows = [("layer", "", "parameters", "shapes")]
         for path, layer in self.named_layers():
-            own = [p for p in vars(layer).values() if isinstance(p, Parameter)]
+            own = [p for _, p in layer._members() if isinstance(p, Parameter)]
             if own or (path and not layer.children()):
                 count = sum(math.prod(p.shape) for p in own if p.trainable)
                 rows.append((path, layer.describe(), f"{count:,}", " ".join("×".join(map(str, p.shape)) for p in own)))

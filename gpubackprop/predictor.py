@@ -1,11 +1,13 @@
-"""Inference: a forward-only plan per model, replayed over padded batches."""
+"""Inference: forward-only plans, replayed over padded batches."""
 
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpubackprop.backends.base import Backend, Buffer
 from gpubackprop.data import as_features
 from gpubackprop.plan import Plan
 from gpubackprop.tensor import Tensor
@@ -19,43 +21,55 @@ __all__ = ["Predictor"]
 CHUNK_ROWS = 1024
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """A recorded forward: fill x, replay, read output."""
+
+    plan: Plan
+    x: Buffer
+    output: Buffer
+
+
 class Predictor:
-    """model.predict: the last batch is padded with the rows before it, so one plan serves any number of rows."""
+    """model.predict: batches are padded to CHUNK_ROWS rows, small ones to a power of two, so that few plans serve all.
+
+    A row's result does not depend on the rows beside it, so what the padding holds is of no account.
+    """
 
     def __init__(self, model: "Layer") -> None:
         self.model = model
-        self.key: tuple[Any, ...] | None = None
-        self.lock = threading.Lock()  # the plan's buffers serve one call at a time
+        self.lock = threading.Lock()  # a plan's buffers serve one call at a time
+        self._homes: tuple[Arena, ...] | None = None
+        self._forwards: dict[tuple[int, int], _Forward] = {}
 
     def __call__(self, x: Any) -> npt.NDArray[Any]:
         """The output for every row of x."""
         homes = self.model.homes()
         rows = as_features(x, homes[0].dtype if homes else self.model.dtype, self.model.inputs, "predict")
         with self.lock:
-            return self._predict(rows, homes)
+            if homes != self._homes:  # what was recorded reads other arenas
+                self._homes, self._forwards = homes, {}
+            return self._predict(rows, self.model.backend)
 
-    def _predict(self, rows: npt.NDArray[Any], homes: tuple["Arena", ...]) -> npt.NDArray[Any]:
-        n = min(len(rows), CHUNK_ROWS)
-        if self.key != (homes, n, rows.shape[1]):
-            self._record(rows[:n])
-            self.key = homes, n, rows.shape[1]
-        out = np.empty((len(rows), *self.output.shape[1:]), self.output.dtype)
+    def _predict(self, rows: npt.NDArray[Any], backend: Backend) -> npt.NDArray[Any]:
+        n = min(1 << (len(rows) - 1).bit_length(), CHUNK_ROWS)
+        key = (n, rows.shape[1])
+        if key not in self._forwards:
+            self._forwards[key] = self._record(backend, *key, rows.dtype)
+        forward = self._forwards[key]
+        out = np.empty((len(rows), *forward.output.shape[1:]), forward.output.dtype)
         for start in range(0, len(rows), n):
             part = rows[start : start + n]
-            self.x[: len(part)] = self.backend.asarray(part)
-            self.plan.replay("predict")
-            out[start : start + len(part)] = self.backend.to_numpy(self.output[: len(part)])
+            forward.x[: len(part)] = backend.asarray(part)
+            forward.plan.replay("predict")
+            out[start : start + len(part)] = backend.to_numpy(forward.output[: len(part)])
         return out
 
-    def _record(self, rows: npt.NDArray[Any]) -> None:
-        self.backend = self.model.backend
-        self.plan = Plan(self.backend, f"predict, {len(rows)} rows")
-        self.x = self.backend.empty(rows.shape, rows.dtype)
-        self.x[...] = self.backend.asarray(rows)
-        with self.plan.record("predict"):
-            output = self.model(Tensor(self.x, self.backend))
-        self.output = output.data
-        if output.ndim != 2 or len(self.output) != len(rows):
-            raise ValueError(
-                f"predict: the model returns shape {output.shape} for {len(rows)} rows; expected (rows, outputs)"
-            )
+    def _record(self, backend: Backend, rows: int, columns: int, dtype: npt.DTypeLike) -> _Forward:
+        plan, x = Plan(backend, f"predict, {rows} rows"), backend.empty((rows, columns), dtype)
+        x[...] = 0
+        with plan.record("predict"):
+            output = self.model(Tensor(x, backend))
+        if output.ndim != 2 or output.shape[0] != rows:
+            raise ValueError(f"predict: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
+        return _Forward(plan, x, output.data)

@@ -70,6 +70,8 @@ class Trainer:
         self.seed = as_seed(seed, "Trainer")
         self.history: History = {}
         self.epoch = self.step = 0
+        if not any(p.trainable for p in model.named_parameters().values()):
+            raise ValueError("Trainer: the model has no trained parameters; layers declare them as attributes")
         self._prepare(device)
         model.initialize(self.seed, missing=True)
         model.output_kind = self.objective.head
@@ -289,6 +291,14 @@ class Trainer:
             chosen = [metric(m) for m in self.objective.metrics if not soft]
         elif soft and any(m.name == "accuracy" for m in self.metrics):
             raise ValueError("metric 'accuracy' counts labels, but y holds rows of class weights; leave it out")
+        elif (
+            self.objective.head == "identity"
+            and not self.objective.own
+            and any(m.name == "accuracy" for m in self.metrics)
+        ):
+            raise ValueError(
+                f"metric 'accuracy' counts classes, but the loss is {self.objective.name}; use 'r2' or 'mae'"
+            )
         else:
             chosen = self.metrics
         return Sums(self.backend, chosen, outputs, self.model.dtype, labels)

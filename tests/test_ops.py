@@ -662,6 +662,24 @@ def test_eager_code_in_a_loop_does_not_grow(rng):
     assert more - size < 65_536
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_formula_is_parsed_once(activation, monkeypatch):
+    """Eager code binds every launch anew, but does not read the text again."""
+    from gpubackprop import formulas
+
+    parse = formulas.ast.parse
+
+    def use():
+        x = gb.tensor(np.ones((2, 2)), requires_grad=True)
+        (gb.Activation(activation)(x) + gb.dense(x, x, x[0], activation)).sum().backward()
+
+    use()
+    texts = []
+    monkeypatch.setattr(formulas.ast, "parse", lambda text: texts.append(text) or parse(text))
+    use()
+    assert texts == []
+
+
 # ---- value_and_grad, gradcheck, recording --------------------------------------------------------------------------
 
 

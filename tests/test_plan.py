@@ -127,7 +127,8 @@ def test_a_section_replays_what_it_recorded_with_new_inputs(rng):
 
 
 UNARY = [gb.sin, gb.tanh, gb.Tensor.sigmoid, lambda t: t.reshape(16).reshape(4, 4), lambda t: -t, lambda t: t.T,
-         lambda t: t[::-1], lambda t: gb.dropout(t, 0.3), gb.softmax, lambda t: t - t.max(0, keepdims=True) + t.mean(1)]  # fmt: skip
+         lambda t: t[::-1], lambda t: gb.dropout(t, 0.3), gb.softmax,
+         lambda t: t - t.max(0, keepdims=True) + t.mean(1)]  # fmt: skip
 BINARY = [gb.add, gb.subtract, gb.multiply, gb.maximum, gb.matmul, lambda a, b: gb.dense(a, b, a[0], "gelu"),
           lambda a, b: gb.layer_norm(a, b[0], a[1]), lambda a, b: gb.concatenate([a, b])[2:6]]  # fmt: skip
 

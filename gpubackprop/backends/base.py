@@ -110,7 +110,10 @@ class Backend(Protocol):
         accumulate: bool = False,
         what: str = "",
     ) -> Launch:
-        """writes[k] = graph[k], element by element; reads broadcast; other names are scalars of the table."""
+        """writes[k] = graph[k], element by element; reads broadcast; other names are scalars of the table.
+
+        In place: a write may be the buffer of a read, under its name, or where it is the only write under any.
+        """
 
     def elementwise_sum(
         self, name: str, graph: Graph, reads: Mapping[str, Buffer], out: Buffer, *, what: str = ""
