@@ -39,14 +39,11 @@ from gpubackprop.model import Layer, training
 from gpubackprop.ops import (
     abs,
     add,
-    broadcast_to,
     clip,
-    concatenate,
     cos,
     divide,
     exp,
     expm1,
-    gather,
     log,
     log1p,
     log_softmax,
@@ -61,20 +58,18 @@ from gpubackprop.ops import (
     neg,
     power,
     relu,
-    reshape,
     sigmoid,
     sin,
     softmax,
     sqrt,
-    stack,
     subtract,
     sum,
     tanh,
-    transpose,
     where,
 )
 from gpubackprop.optimizers import SGD, Adam, AdamW, Optimizer
 from gpubackprop.plan import Plan
+from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
 

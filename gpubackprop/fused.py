@@ -9,9 +9,12 @@ import numpy as np
 
 from gpubackprop import ops
 from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable
+from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import ACTIVATIONS, LOSSES, RESULT, Activation, Loss, apply, chain, name, parse
+from gpubackprop.operands import constant, graph, operands, result
 from gpubackprop.plan import empty, run
-from gpubackprop.tensor import Gradients, Tensor
+from gpubackprop.shapes import reshape
+from gpubackprop.tensor import Tensor
 
 __all__ = [
     "activation_row", "batch_norm", "bce_with_logits", "dense", "dropout", "half_mse", "layer_norm", "mse",
@@ -43,7 +46,7 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor
     (members, in, units), b (members, units). Backward: f' ⊙ dy with the bias gradient in one launch, then two gemms.
     """
     row = activation_row(activation)
-    x, w, *rest = ops.operands("dense", x, w, *(() if b is None else (b,)))
+    x, w, *rest = operands("dense", x, w, *(() if b is None else (b,)))
     _check_dense(x, w, rest[0] if rest else None)
     bias = rest[0] if rest else None
     back = x.backend
@@ -66,7 +69,7 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor
         grads.write(x, lambda dx, accumulate: back.gemm(
             dz, w.data, dx, transpose_b=True, accumulate=accumulate, what="dx = da @ wᵀ"))  # fmt: skip
 
-    return ops.result(y, (x, w, *rest), backprop)
+    return result(y, (x, w, *rest), backprop)
 
 
 def _activation_backward(
@@ -118,7 +121,7 @@ def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean") -> 
     logits (batch, classes); target integer labels (batch,) or rows t (batch, classes), which need not sum to 1:
     the gradient is (Σt)·softmax(logits) − t.
     """
-    (logits,) = ops.operands("softmax_cross_entropy", logits)
+    (logits,) = operands("softmax_cross_entropy", logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"softmax_cross_entropy: logits of shape (batch, classes) expected, got {logits.shape}")
     t = _class_target(logits, target)
@@ -132,10 +135,10 @@ def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean") -> 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         reads = {"residual": residual, "dy": dy}
         grads.write(logits, lambda dx, accumulate: back.elementwise(
-            "softmax_cross_entropy backward", ops.graph("dy * residual"), reads, {RESULT: dx}, accumulate=accumulate,
+            "softmax_cross_entropy backward", graph("dy * residual"), reads, {RESULT: dx}, accumulate=accumulate,
             what="dx = dy · (softmax(x) − t)"))  # fmt: skip
 
-    return _reduction("softmax_cross_entropy", ops.result(total, (logits,), backprop), logits.shape[0], reduction)
+    return _reduction("softmax_cross_entropy", result(total, (logits,), backprop), logits.shape[0], reduction)
 
 
 def _class_target(logits: Tensor, target: Any) -> Buffer:
@@ -160,13 +163,13 @@ def _class_target(logits: Tensor, target: Any) -> Buffer:
 
 
 def _elementwise_loss(label: str, row: Loss, over_outputs: bool, x: Any, target: Any, reduction: str) -> Tensor:
-    x, t = ops.operands(label, x, target)
+    x, t = operands(label, x, target)
     if x.shape != t.shape or x.ndim == 0:
         raise ValueError(f"{label}: the output has shape {x.shape} but the target {t.shape}; they must be equal")
     if t.requires_grad:
         raise ValueError(f"{label}: the target requires a gradient; detach() it, or write the loss with operators")
     outputs = math.prod(x.shape[1:])
-    share = ops.constant(1 / outputs if over_outputs and outputs else 1.0, x).data
+    share = constant(1 / outputs if over_outputs and outputs else 1.0, x).data
     total, back = empty(x.backend, (), x.dtype), x.backend
     forward, backward_ = _loss_graphs(row)
     reads = {"x": x.data, "t": t.data, "k": share}
@@ -176,7 +179,7 @@ def _elementwise_loss(label: str, row: Loss, over_outputs: bool, x: Any, target:
         grads.write(x, lambda dx, accumulate: back.elementwise(
             f"{label} backward", backward_, reads | {"dy": dy}, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
 
-    return _reduction(label, ops.result(total, (x,), backprop), x.shape[0], reduction)
+    return _reduction(label, result(total, (x,), backprop), x.shape[0], reduction)
 
 
 @cache
@@ -213,7 +216,7 @@ def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable |
     """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout: rate {rate} is not in [0, 1)")
-    (x,) = tensors = ops.operands("dropout", x)
+    (x,) = tensors = operands("dropout", x)
     if rate == 0:
         return tensors[0]
     y = empty(x.backend, x.shape, x.dtype)
@@ -222,21 +225,21 @@ def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable |
     def backprop(dy: Buffer, grads: Gradients) -> None:
         grads.write(x, lambda dx, accumulate: x.backend.dropout(dy, rate, seed, site, step, dx, accumulate=accumulate))
 
-    return ops.result(y, (x,), backprop)
+    return result(y, (x,), backprop)
 
 
 def layer_norm(x: Any, gain: Any, bias: Any, eps: float = 1e-5) -> Tensor:
     """gain · (x − mean) / √(var + eps) + bias over the last axis (Ba et al., "Layer Normalization")."""
-    x, gain, bias = ops.operands("layer_norm", x, gain, bias)
-    rows = ops.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1))
-    return ops.reshape(_normalize("layer_norm", rows, gain, bias, 1, eps)[0], x.shape)
+    x, gain, bias = operands("layer_norm", x, gain, bias)
+    rows = reshape(x, (math.prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1))
+    return reshape(_normalize("layer_norm", rows, gain, bias, 1, eps)[0], x.shape)
 
 
 def batch_norm(x: Any, gain: Any, bias: Any, eps: float = 1e-5) -> tuple[Tensor, Buffer, Buffer]:
     """gain · (x − mean) / √(var + eps) + bias over the batch, with the batch's mean and biased variance per column
     (Ioffe & Szegedy, "Batch Normalization"). A batch of one row has no variance: an error.
     """
-    x, gain, bias = ops.operands("batch_norm", x, gain, bias)
+    x, gain, bias = operands("batch_norm", x, gain, bias)
     if x.ndim == 2 and x.shape[0] < 2:
         raise ValueError(f"batch_norm: a training batch of {x.shape[0]} rows has no variance; use 2 rows or more")
     return _normalize("batch_norm", x, gain, bias, 0, eps)
@@ -260,4 +263,4 @@ def _normalize(
         (dx, a), (dgain, b), (dbias, c) = slots
         run(dy, lambda: back.normalize_backward(dy, xhat, gain.data, rstd, axis, dx, dgain, dbias, (a, b, c)))
 
-    return ops.result(y, (x, gain, bias), backprop), mean, variance
+    return result(y, (x, gain, bias), backprop), mean, variance

@@ -12,6 +12,7 @@ from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
 from gpubackprop.data import as_features
 from gpubackprop.model import CLASSES, Layer, current_mode
+from gpubackprop.operands import constant, graph
 from gpubackprop.plan import run
 from gpubackprop.tensor import Tensor
 
@@ -118,9 +119,9 @@ class BatchNorm(Layer):
 
     def _follow(self, running: Parameter, batch: Any, decay: float, share: float) -> None:
         """running += share · batch − decay · running."""
-        d, s = (ops.constant(v, running).data for v in (decay, share))
+        d, s = (constant(v, running).data for v in (decay, share))
         reads = {"r": running.data, "b": batch, "d": d, "s": s}
-        run(running.data, partial(running.backend.elementwise, "running statistics", ops.graph("r += s * b - d * r"),
+        run(running.data, partial(running.backend.elementwise, "running statistics", graph("r += s * b - d * r"),
                                   reads, {"r": running.data}))  # fmt: skip
 
 

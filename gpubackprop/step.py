@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, StepTable, Workspace
+from gpubackprop.backprop import backward
 from gpubackprop.formulas import name
 from gpubackprop.losses import Objective
 from gpubackprop.metrics import Metric
 from gpubackprop.model import Layer, training
 from gpubackprop.optimizers import State
 from gpubackprop.plan import Plan, run
-from gpubackprop.tensor import Tensor, backward
+from gpubackprop.tensor import Tensor
 
 __all__ = ["SECTIONS", "Keeper", "Source", "Step", "Sums"]
 

@@ -1,21 +1,20 @@
-"""Tensors with operators, and backpropagation over the results they remember."""
+"""Tensors: arrays on a device that remember how they were computed, with operators and methods."""
 
-import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import Backend, Buffer, Launch
-from gpubackprop.plan import current_layer, empty, recording, release, run, within
+from gpubackprop.backends.base import Backend, Buffer
+from gpubackprop.backprop import Backprop, backward
+from gpubackprop.plan import current_layer, recording
 
-__all__ = ["Backprop", "Gradients", "Tensor", "backward", "tensor"]
+__all__ = ["Axis", "Tensor", "tensor"]
 
-Backprop = Callable[[Buffer, "Gradients"], None]  # an operation's backward: dy -> writes into the inputs' gradients
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 Axis = int | Sequence[int] | None
@@ -31,7 +30,7 @@ class Tensor:
     """
 
     __array_ufunc__ = None  # NumPy on the left of an operator gives way to ours
-    __slots__ = ("__weakref__", "_grad", "backend", "backprop", "data", "grad_buffer", "inputs", "layer",
+    __slots__ = ("__weakref__", "backend", "backprop", "data", "grad_buffer", "grad_data", "inputs", "layer",
                  "requires_grad", "retains_grad", "serial")  # fmt: skip
 
     def __init__(
@@ -47,7 +46,7 @@ class Tensor:
         self.layer = current_layer()
         self.retains_grad = False
         self.grad_buffer: Buffer | None = None  # where a parameter's gradient has its fixed place
-        self._grad: Tensor | None = None
+        self.grad_data: Buffer | None = None
 
     # ---- what it is
 
@@ -80,7 +79,7 @@ class Tensor:
     @property
     def grad(self) -> "Tensor | None":
         """The gradient the last backward() left here: of leaves that require one, and after retain_grad()."""
-        return self._grad
+        return None if self.grad_data is None else Tensor(self.grad_data, self.backend)
 
     def retain_grad(self) -> "Tensor":
         """Keep this result's gradient at the next backward()."""
@@ -142,7 +141,7 @@ class Tensor:
             raise ValueError(
                 f"backward: shape {self.shape} is not a scalar; reduce it, or give the cotangent as gradient="
             )
-        dy = ops.constant(1.0 if gradient is None else gradient, self)
+        dy = constant(1.0 if gradient is None else gradient, self)
         if dy.shape != self.shape:
             if dy.size != 1 or self.size != 1:
                 raise ValueError(f"backward: gradient has shape {dy.shape} but the tensor has shape {self.shape}")
@@ -203,22 +202,22 @@ class Tensor:
         return ops.compare("<=", self, other)
 
     def __getitem__(self, key: Any) -> "Tensor":
-        return ops.index(self, key)
+        return shapes.index(self, key)
 
     # ---- operations as methods
 
     @property
     def T(self) -> "Tensor":
         """The axes in reverse order."""
-        return ops.transpose(self)
+        return shapes.transpose(self)
 
     def reshape(self, *shape: Any) -> "Tensor":
         """The same elements in another shape; one length may be -1."""
-        return ops.reshape(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+        return shapes.reshape(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
 
     def transpose(self, *axes: Any) -> "Tensor":
         """The axes in the given order, or reversed."""
-        return ops.transpose(self, *axes)
+        return shapes.transpose(self, *axes)
 
     def sum(self, axis: Axis = None, keepdims: bool = False) -> "Tensor":
         """Σ over the axes (all by default)."""
@@ -299,90 +298,6 @@ class Tensor:
     __abs__ = abs
 
 
-class Gradients:
-    """The gradients of one backward pass: first writers overwrite, later ones accumulate."""
-
-    def __init__(self, accumulate: bool = False) -> None:
-        self.buffers: dict[Tensor, Buffer] = {}
-        self.queue: list[tuple[int, Tensor]] = []
-        self.accumulate = accumulate
-        self.spare: Buffer | None = None  # the dy in hand, if its closure may write over it
-
-    def slot(self, x: Tensor, *, reuse: bool = False) -> tuple[Buffer, bool]:
-        """Where x's gradient goes, and whether there is one to add to.
-
-        With reuse=True the buffer of dy itself may be given: only in a closure's last use of dy.
-        """
-        if x in self.buffers:
-            return self.buffers[x], True
-        if x.grad_buffer is not None:
-            return self._keep(x, x.grad_buffer), self.accumulate
-        if reuse and self.spare is not None and self.spare.size == x.size:
-            dx, self.spare = self.spare.reshape(x.shape), None
-            return self._keep(x, dx), False
-        return self._keep(x, empty(x.backend, x.shape, x.dtype)), False
-
-    def write(self, x: Tensor, bind: Callable[[Buffer, bool], Launch], *, reuse: bool = False) -> None:
-        """Run bind(dx, accumulate) for an input that requires a gradient."""
-        if x.requires_grad:
-            dx, accumulate = self.slot(x, reuse=reuse)
-            run(dx, lambda: bind(dx, accumulate))
-
-    def add(self, x: Tensor, bind: Callable[[Buffer], Launch]) -> None:
-        """Run bind(dx), which adds to a part of dx: what no one wrote before is zero."""
-        if x.requires_grad:
-            dx, accumulate = self.slot(x)
-            if not accumulate:
-                run(dx, lambda: x.backend.fill(dx, 0.0))
-            run(dx, lambda: bind(dx))
-
-    def hand_on(self, x: Tensor, dy: Buffer) -> None:
-        """x's gradient is dy itself, reshaped: given away where possible, else copied; a closure's last use of dy."""
-        if not x.requires_grad:
-            return
-        if x not in self.buffers and x.grad_buffer is None and self.spare is not None:
-            self.slot(x, reuse=True)
-        else:
-            self.write(x, lambda dx, accumulate: x.backend.copy(dy.reshape(x.shape), dx, accumulate=accumulate))
-
-    def _keep(self, x: Tensor, dx: Buffer) -> Buffer:
-        self.buffers[x] = dx
-        heapq.heappush(self.queue, (-x.serial, x))
-        return dx
-
-
-def backward(root: Tensor, dy: Buffer, *, accumulate: bool = False) -> set[Tensor]:
-    """Propagate ∂L/∂root = dy to every leaf below that requires a gradient, and return those leaves.
-
-    Results are visited once each by falling serial number, so all of a result's uses come before it. With
-    accumulate=True the parameters' gradients are added to instead of overwritten.
-    """
-    grads = Gradients(accumulate)
-    grads.queue.append((-root.serial, root))
-    grads.buffers[root] = dy
-    leaves: set[Tensor] = set()
-    while grads.queue:
-        y = heapq.heappop(grads.queue)[1]
-        dy = grads.buffers.pop(y)
-        if y.retains_grad or y.backprop is None:
-            y._grad = Tensor(_copied(dy, y) if y.backprop is not None or y is root else dy, y.backend)
-        if y.backprop is None:
-            leaves.add(y)
-            continue
-        grads.spare = None if y is root else dy  # the first cotangent belongs to the caller
-        with within(y.layer):
-            y.backprop(dy, grads)
-        if grads.spare is not None:
-            release(grads.spare)
-    return leaves
-
-
-def _copied(dy: Buffer, y: Tensor) -> Buffer:
-    copy = y.backend.empty(y.shape, y.dtype)
-    run(copy, lambda: y.backend.copy(dy, copy))
-    return copy
-
-
 def tensor(
     array: Any, requires_grad: bool = False, *, dtype: npt.DTypeLike | None = None, device: str | None = None
 ) -> Tensor:
@@ -405,4 +320,5 @@ def tensor(
     return Tensor(data, backend, requires_grad=requires_grad)
 
 
-from gpubackprop import ops  # noqa: E402  (the operators above and the operations need each other)
+from gpubackprop import ops, shapes  # noqa: E402  (the operators above and the operations need each other)
+from gpubackprop.operands import constant  # noqa: E402

@@ -11,9 +11,9 @@ import pytest
 
 import gpubackprop as gb
 from gpubackprop.backends import get_backend
+from gpubackprop.backprop import backward
 from gpubackprop.formulas import RESULT, parse
 from gpubackprop.plan import Plan, recording, run
-from gpubackprop.tensor import backward
 
 BACK = get_backend("cpu")
 MODELS = {

@@ -1,0 +1,91 @@
+"""What every operation does first and last: operands of one kind, axes, the result with its closure."""
+
+import operator
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from gpubackprop.backends.base import Buffer, Graph
+from gpubackprop.backprop import Backprop, Gradients
+from gpubackprop.formulas import parse
+from gpubackprop.plan import empty
+from gpubackprop.tensor import FLOATS, Axis, Tensor
+
+__all__ = ["axes_of", "broadcast_shape", "constant", "graph", "new", "operands", "result", "sum_to"]
+
+
+def constant(value: Any, like: Tensor) -> Tensor:
+    """The value as a tensor beside `like`: Python numbers and integers take its dtype, floats must have it."""
+    if isinstance(value, Tensor):
+        return value
+    array = np.asarray(value)
+    adapts = isinstance(value, int | float) or array.dtype.kind in "iub"
+    if not adapts and array.dtype not in FLOATS:
+        raise TypeError(
+            f"tensor expected, got {type(value).__name__} of dtype {array.dtype}; convert it to float first"
+        )
+    return Tensor(like.backend.asarray(array, like.dtype if adapts else None), like.backend)
+
+
+def operands(name: str, *values: Any) -> list[Tensor]:
+    """The values as tensors of one device and dtype."""
+    like = next((v for v in values if isinstance(v, Tensor)), None)
+    if like is None:
+        raise TypeError(f"{name}: at least one operand must be a tensor; make one with gb.tensor(…)")
+    tensors = [constant(v, like) for v in values]
+    if len({t.dtype for t in tensors}) > 1:
+        kinds = " and ".join(str(t.dtype) for t in tensors)
+        raise TypeError(f"{name}: dtypes differ ({kinds}); convert one with gb.tensor(array, dtype=…)")
+    if len({t.device for t in tensors}) > 1:
+        raise ValueError(f"{name}: tensors live on different devices ({', '.join(t.device for t in tensors)})")
+    return tensors
+
+
+def result(y: Buffer, inputs: tuple[Tensor, ...], backprop: Backprop) -> Tensor:
+    """The tensor of an operation's output; it remembers the operation if an input requires a gradient."""
+    backend = inputs[0].backend
+    if any(x.requires_grad for x in inputs):
+        return Tensor(y, backend, requires_grad=True, inputs=inputs, backprop=backprop)
+    return Tensor(y, backend)
+
+
+def new(like: Tensor, shape: Sequence[int]) -> Buffer:
+    """An uninitialised buffer of the tensor's dtype, beside it."""
+    return empty(like.backend, shape, like.dtype)
+
+
+@cache
+def graph(text: str) -> Graph:
+    """The parsed text, once."""
+    return parse(text)
+
+
+def broadcast_shape(name: str, *tensors: Tensor) -> tuple[int, ...]:
+    """The shape the tensors broadcast to."""
+    try:
+        return np.broadcast_shapes(*(t.shape for t in tensors))
+    except ValueError:
+        shapes = " and ".join(str(t.shape) for t in tensors)
+        raise ValueError(f"{name}: shapes {shapes} do not broadcast") from None
+
+
+def axes_of(name: str, x: Tensor, axis: Axis) -> tuple[int, ...]:
+    """The axes meant, counted from 0, in order; None means all."""
+    listed = range(x.ndim) if axis is None else axis if isinstance(axis, Sequence) else [axis]
+    axes = tuple(operator.index(a) for a in listed)
+    for a in axes:
+        if not -x.ndim <= a < x.ndim:
+            raise ValueError(f"{name}: axis {a} does not exist in shape {x.shape}")
+    if len({a % x.ndim for a in axes}) < len(axes):
+        raise ValueError(f"{name}: axes {axes} name one axis twice")
+    return tuple(sorted(a % x.ndim for a in axes))
+
+
+def sum_to(grads: Gradients, x: Tensor, full: Buffer) -> None:
+    """x's gradient is `full` summed over the axes along which x was broadcast to its shape."""
+    lead = full.ndim - x.ndim
+    axes = tuple(i for i, n in enumerate(full.shape) if i < lead or (x.shape[i - lead] == 1 and n != 1))
+    kept = tuple(n for i, n in enumerate(full.shape) if i not in axes)
+    grads.write(x, lambda dx, accumulate: x.backend.reduce("sum", full, axes, dx.reshape(kept), accumulate=accumulate))
