@@ -149,7 +149,6 @@ class Keeper:
             with self.plan.record(section):
                 for x, out in pairs:
                     run(out, lambda x=x, out=out: back.copy(x, out))  # type: ignore[misc]
-        self.keep()
 
     def finite(self) -> bool:
         """Whether every weight is finite."""

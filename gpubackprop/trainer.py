@@ -87,9 +87,10 @@ class Trainer:
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
         self._table = self._new_table()
+        self._keeper: Keeper | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        device = {"backend", "state", "_space", "_steps", "_sums", "_table"}
+        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
         return kept | {"device": self.backend.device, "moments": self.state.host()}
 
@@ -132,7 +133,8 @@ class Trainer:
         source = Source(*(self.backend.asarray(a) for a in (x, y, np.arange(len(x), dtype=np.intp))))
         sums = self._sums_of(y, x.shape[1])
         steps = self._steps_for(source, sums, batch_size)
-        keeper = Keeper(self.model, self.state)
+        keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
+        keeper.keep()
         with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
             for _ in range(epochs):
                 sums.clear()
