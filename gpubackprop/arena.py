@@ -1,6 +1,7 @@
 """The arena: every parameter of a model in one buffer, each slice on a boundary of 64 elements, padding always zero."""
 
 import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer
+from gpubackprop.initializers import resolve
 from gpubackprop.tensor import Tensor
 
 __all__ = ["ALIGNMENT", "Arena", "Parameter"]
@@ -21,23 +23,29 @@ class Parameter(Tensor):
     With trainable=False it is state that training does not step (running statistics, a scaler).
     """
 
-    __slots__ = ("_shape", "home", "init", "settled", "trainable", "value")
+    __slots__ = ("_home", "_shape", "init", "settled", "trainable", "value")
 
     def __init__(self, shape: tuple[int, ...], init: Any = "zeros", *, trainable: bool = True) -> None:
-        if any(not isinstance(n, int | np.integer) or n < 1 for n in shape):
+        if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1 for n in shape):
             raise ValueError(f"parameter: shape {shape} is not one of positive integers")
+        resolve(init)
         super().__init__(None, None, requires_grad=trainable)  # type: ignore[arg-type]
         self._shape = tuple(int(n) for n in shape)
         self.init = init
         self.trainable = trainable
         self.value: npt.NDArray[Any] | None = None  # kept here while there is no arena
-        self.home: Arena | None = None
+        self._home: weakref.ref[Arena] | None = None
         self.settled = False  # whether its value was asked for, by a seed, a state or training
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The declared shape."""
         return self._shape
+
+    @property
+    def home(self) -> "Arena | None":
+        """The arena that holds the data, while a model keeps it: a weak reference, so that no cycle holds memory."""
+        return None if self._home is None else self._home()
 
     def _missing(self) -> RuntimeError:
         return RuntimeError(f"parameter of shape {self._shape}: it has no value yet; call the model's initialize(seed)")
@@ -97,7 +105,7 @@ class Arena:
         self._gradients: Buffer | None = None
         for key, p in self.parameters.items():
             value = p.host_value()
-            p.data, p.backend, p.home = self.slice(self.weights, key), backend, self
+            p.data, p.backend, p._home = self.slice(self.weights, key), backend, weakref.ref(self)
             if value is not None:
                 p.data[...] = backend.asarray(value, self.dtype)
             p.value = p.grad_buffer = None

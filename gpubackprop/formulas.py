@@ -400,21 +400,22 @@ def hoist(outputs: Mapping[str, Expr], arrays: Iterable[str]) -> tuple[dict[str,
     done: dict[Expr, Expr] = {}
     scalars: dict[Expr, Expr] = {}
 
-    def scalar(e: Expr) -> Expr:
-        if e.op == "number":
-            return e
-        if e.op in COMPARISONS.values():  # not a number that a table could hold
-            return apply(e.op, *map(scalar, e.args))
-        return scalars.setdefault(e, name(f"s{len(scalars)}"))
-
     for node in walk(outputs.values()):
         varies[node] = str(node.value) in arrays if node.op == "name" else any(varies[a] for a in node.args)
         if varies[node]:
-            args = [done[a] if varies[a] else scalar(a) for a in node.args]
+            args = [done[a] if varies[a] else _scalar(a, scalars) for a in node.args]
             done[node] = apply(node.op, *args) if args else node
-    return {k: done[e] if varies[e] else scalar(e) for k, e in outputs.items()}, {
+    return {k: done[e] if varies[e] else _scalar(e, scalars) for k, e in outputs.items()}, {
         str(v.value): k for k, v in scalars.items()
     }
+
+
+def _scalar(e: Expr, scalars: dict[Expr, Expr]) -> Expr:
+    if e.op == "number":
+        return e
+    if e.op in COMPARISONS.values():  # not a number that a table could hold
+        return apply(e.op, *(_scalar(a, scalars) for a in e.args))
+    return scalars.setdefault(e, name(f"s{len(scalars)}"))
 
 
 def _select(c: Any, a: Any, b: Any) -> Any:
@@ -450,6 +451,12 @@ def register_activation(name: str, forward: str, derivative: str, **constants: f
     The row then serves as `activation=name` everywhere, on every backend, and travels inside saved models.
     ValueError if the name is taken by another row, the text is outside the language, or the derivative is wrong.
     """
+    for text in (name, forward, derivative):
+        if not isinstance(text, str):
+            raise TypeError(f"register_activation: texts expected, got {type(text).__name__} {text!r}")
+    for key, constant in constants.items():
+        if not isinstance(constant, int | float):
+            raise TypeError(f"register_activation: {key} must be a number, got {type(constant).__name__} {constant!r}")
     new = row(name, forward, derivative, **constants)
     if not name.isidentifier():
         raise ValueError(f"register_activation: {name!r} is not an identifier")
@@ -468,7 +475,8 @@ def register_activation(name: str, forward: str, derivative: str, **constants: f
 
 
 def _check_derivative(name: str, y: Expr, d: Expr, h: float = 1e-5) -> None:
-    for k in range(-61, 62):  # an irregular grid on ±6, so that a kink at a round number lies between its points
+    # An irregular grid, so that a kink at a round number lies between its points: close on ±6, then out to ±40.
+    for k in (*range(-61, 62), *(s * k for k in range(65, 400, 7) for s in (-1, 1))):
         x = k * 0.0987654321 + 0.00123456789
         try:
             low, mid, high = (evaluate(y, {"x": x + s}) for s in (-h, 0.0, h))
@@ -476,6 +484,7 @@ def _check_derivative(name: str, y: Expr, d: Expr, h: float = 1e-5) -> None:
         except (ArithmeticError, ValueError) as error:
             raise ValueError(f"register_activation: {name!r} cannot be evaluated at x = {x:.6g} ({error})") from None
         numeric = (high - low) / (2 * h)
-        if not abs(analytic - numeric) <= 1e-6 * max(1.0, abs(numeric)):
+        rounding = 1e-16 * abs(mid) / h
+        if not abs(analytic - numeric) <= 1e-6 * max(1.0, abs(numeric)) + 10 * rounding:
             raise ValueError(f"register_activation: {name!r} at x = {x:.6g}: derivative gives {analytic:.9g}, "
                              f"central difference {numeric:.9g}; correct the derivative")  # fmt: skip

@@ -27,7 +27,7 @@ __all__ = [
 
 def activation_row(activation: str) -> Activation:
     """The row of that name, or an error that lists the names."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[activation]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["INITIALIZERS", "constant", "draw"]
+__all__ = ["INITIALIZERS", "constant", "draw", "resolve"]
 
 Shape = tuple[int, ...]
 Initializer = Callable[[Shape, "np.random.Generator"], Any]  # a string: numpy.random takes 10 ms to import
@@ -21,17 +21,20 @@ def draw(
 
     `init` is a name of INITIALIZERS, a number, an array, or a callable (shape, generator) -> array.
     """
-    if isinstance(init, str):
-        if init not in INITIALIZERS:
-            raise ValueError(f"unknown initializer {init!r}; choose from {', '.join(sorted(INITIALIZERS))}")
-        init = INITIALIZERS[init]
-    elif not callable(init):
-        init = constant(init)
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-    value = np.asarray(init(shape, generator), np.float64)
+    value = np.asarray(resolve(init)(shape, generator), np.float64)
     if value.shape != shape:
         raise ValueError(f"initializer of {name}: returned shape {value.shape}, expected {shape}")
     return value
+
+
+def resolve(init: str | float | npt.ArrayLike | Initializer) -> Initializer:
+    """The initializer meant; an unknown name is an error that lists the names."""
+    if isinstance(init, str):
+        if init not in INITIALIZERS:
+            raise ValueError(f"unknown initializer {init!r}; choose from {', '.join(sorted(INITIALIZERS))}")
+        return INITIALIZERS[init]
+    return init if callable(init) else constant(init)
 
 
 def constant(value: npt.ArrayLike) -> Initializer:

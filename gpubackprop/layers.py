@@ -1,8 +1,10 @@
 """The layers: each declares its parameters and writes its forward in operations; none writes a backward."""
 
 import zlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import numpy.typing as npt
 from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
 from gpubackprop.data import as_features
-from gpubackprop.model import CLASSES, Layer, current_mode
+from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
 from gpubackprop.operands import constant, graph
 from gpubackprop.plan import run
 from gpubackprop.tensor import Tensor
@@ -47,12 +49,14 @@ class Dense(Layer):
         self.bias = Parameter((units,), bias_init) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.weight.shape[0]:
-            got = f"{x.shape[1]} columns" if x.ndim == 2 else f"shape {x.shape}"
-            raise ValueError(
-                f"layer {self._path or 'Dense'!r}: x has {got} but the weight has {self.weight.shape[0]} rows"
-            )
         return fused.dense(x, self.weight, self.bias, self.activation)
+
+
+def _check(where: str, key: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where}: {key} must be a number, got {type(value).__name__} {value!r}")
+    if not holds(value):
+        raise ValueError(f"{where}: {key} {value} is not {wanted}")
 
 
 class Activation(Layer):
@@ -70,8 +74,7 @@ class Dropout(Layer):
     (Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting")."""
 
     def __init__(self, rate: float) -> None:
-        if not 0 <= rate < 1:
-            raise ValueError(f"Dropout: rate {rate} is not in [0, 1)")
+        _check("Dropout", "rate", rate, lambda v: 0 <= v < 1, "in [0, 1)")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,6 +87,7 @@ class LayerNorm(Layer):
     """gain · (x − mean) / √(var + eps) + bias over each row's columns."""
 
     def __init__(self, columns: int, eps: float = 1e-5) -> None:
+        _check("LayerNorm", "eps", eps, lambda v: v > 0, "positive")
         self.inputs = columns
         self.eps = eps
         self.gain, self.bias = Parameter((columns,), "ones"), Parameter((columns,))
@@ -100,8 +104,8 @@ class BatchNorm(Layer):
     """
 
     def __init__(self, columns: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
-        if not 0 < momentum <= 1:
-            raise ValueError(f"BatchNorm: momentum {momentum} is not in (0, 1]")
+        _check("BatchNorm", "momentum", momentum, lambda v: 0 < v <= 1, "in (0, 1]")
+        _check("BatchNorm", "eps", eps, lambda v: v > 0, "positive")
         self.inputs = columns
         self.momentum, self.eps = momentum, eps
         self.gain, self.bias = Parameter((columns,), "ones"), Parameter((columns,))
@@ -159,7 +163,7 @@ class Sequential(Layer):
                 what = f"the class {layer.__name__}; call it" if isinstance(layer, type) else type(layer).__name__
                 raise TypeError(f"{type(self).__name__}: item {i} is {what}; expected a layer")
         self.layers = layers
-        self.dtype = dtype
+        self.dtype = as_dtype(dtype, type(self).__name__)
 
     def children(self) -> dict[str, Layer]:
         return {str(i): layer for i, layer in enumerate(self.layers)}
@@ -183,13 +187,14 @@ class Residual(Sequential):
 
 
 def mlp(
-    sizes: list[int], activation: str = "relu", *, dropout: float = 0.0, dtype: npt.DTypeLike = "float32"
+    sizes: Sequence[int], activation: str = "relu", *, dropout: float = 0.0, dtype: npt.DTypeLike = "float32"
 ) -> Sequential:
     """Dense layers of these sizes, input first: the activation between them, none after the last; dropout after each
     hidden layer if asked for."""
-    if len(sizes) < 2:
-        raise ValueError(f"mlp: at least the input and output size expected, got {list(sizes)}")
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str) or len(sizes) < 2:
+        raise ValueError(f"mlp: a list of at least the input and output size expected, got {sizes!r}")
     fused.activation_row(activation)
+    _check("mlp", "dropout", dropout, lambda v: 0 <= v < 1, "in [0, 1)")
     layers: list[Layer] = []
     for i, (inputs, units) in enumerate(pairwise(sizes)):
         hidden = i < len(sizes) - 2

@@ -19,7 +19,7 @@ class Objective:
 
     name: str
     function: Callable[..., Tensor]
-    head: str
+    head: str | None  # what turns outputs into probabilities; None is decided by the number of outputs
     metrics: tuple[str, ...]
     classes: bool = False
     own: bool = False  # a user's callable, which returns the mean over the batch
@@ -47,8 +47,15 @@ class Objective:
             return as_labels(y, outputs, where)
         if self.own and y.ndim == 1 and y.dtype.kind in "iu" and outputs > 1:
             return as_labels(y, outputs, where)
-        as_rows = as_probabilities if self.name == "bce" and not self.own else as_targets
-        return as_rows(y, dtype, y.shape[1] if self.own and y.ndim == 2 else 1 if self.own else outputs, where)
+        if self.own:
+            return as_targets(y, dtype, y.shape[1] if y.ndim == 2 else 1, where)
+        rows = (as_probabilities if self.name == "bce" else as_targets)(y, dtype, outputs, where)
+        if self.classes and rows.min() < 0:
+            row = int(rows.min(1).argmin())
+            raise ValueError(
+                f"{where}: y has {rows[row].min():g} at row {row}; weights of classes must not be negative"
+            )
+        return rows
 
 
 LOSSES = {
@@ -65,10 +72,10 @@ LOSSES = {
 
 def objective(loss: str | Callable[..., Tensor]) -> Objective:
     """The objective of a name, or of a callable (output, target) -> tensor."""
-    if not isinstance(loss, str) and not callable(loss):
+    if isinstance(loss, type) or not (isinstance(loss, str) or callable(loss)):
         raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (output, target) -> tensor")
     if callable(loss):
-        return Objective(getattr(loss, "__name__", "loss"), loss, "identity", (), own=True)
+        return Objective(getattr(loss, "__name__", "loss"), loss, None, (), own=True)
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(sorted(LOSSES))}, or pass a callable")
     return LOSSES[loss]

@@ -1,5 +1,6 @@
 """Metrics: figures that accumulate on the device, batch by batch, and are read once per epoch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,10 @@ class Metric:
 
 
 def _r2(squares: Array, rows: int, target: Array) -> float:
-    """1 − Σ(t − x)² / Σ(t − t̄)² per output, averaged; for a constant target 1 if it is met exactly, else 0."""
+    """1 − Σ(t − x)² / Σ(t − t̄)² per output, averaged; for a constant target 1 if it is met exactly, else 0. Of one row
+    it is NaN."""
+    if rows < 2:
+        return math.nan
     spread = target.astype(np.float64).var(0) * rows
     constant = spread == 0
     each = 1 - squares / np.where(constant, 1, spread)

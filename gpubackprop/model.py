@@ -106,6 +106,11 @@ class Layer:
             self._own()
         if not isinstance(x, Tensor):
             x = self._as_input(x)
+        expected = vars(self).get("_inputs")
+        if expected is not None and (x.ndim != 2 or x.shape[1] != expected):
+            got = f"{x.shape[1]} columns" if x.ndim == 2 else f"shape {x.shape}"
+            where = f"layer {self._path!r}" if self._path else type(self).__name__
+            raise ValueError(f"{where}: x has {got} but {self.describe()} expects {expected} columns")
         if recording() is None:
             return self.forward(x)
         with within(self._path):
@@ -124,14 +129,10 @@ class Layer:
     # ---- the tree
 
     def _members(self) -> Iterator[tuple[str, Any]]:
-        """Attributes by name; the items of lists, tuples and dicts by name and position or key."""
+        """Attributes by name; the items of lists, tuples and dicts, however nested, by name and position or key."""
         for name, value in vars(self).items():
-            if name == "arguments":
-                continue
-            yield name, value
-            if isinstance(value, list | tuple | dict):
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                yield from ((f"{name}.{key}", item) for key, item in items)
+            if name != "arguments":
+                yield from _flat(name, value)
 
     def children(self) -> dict[str, "Layer"]:
         """Sublayers by attribute name; those in a list, tuple or dict by attribute and position or key."""
@@ -168,8 +169,7 @@ class Layer:
 
     def _lay_out(self, device: str) -> tuple[Arena, Arena]:
         """One arena for the trained parameters and one for the others; values are kept, missing ones drawn (seed 0)."""
-        if np.dtype(self.dtype) not in FLOATS:
-            raise TypeError(f"{type(self).__name__}: dtype {self.dtype} is not supported; choose from float32, float64")
+        as_dtype(self.dtype, type(self).__name__)
         named, backend = self.named_parameters(), get_backend(device)
         undrawn = [k for k, p in named.items() if p.host_value() is None]
         trained, others = ({k: p for k, p in named.items() if p.trainable is t} for t in (True, False))
@@ -240,6 +240,8 @@ class Layer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Write the arrays into the parameters, in place; if a name or shape is not the model's, write nothing."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"load_state_dict: a dict of arrays expected, got {type(state).__name__}")
         _ = self._bound or self._own()
         named = self.named_parameters()
         if missing := [k for k in named if k not in state]:
@@ -275,9 +277,9 @@ class Layer:
     def predict(self, x: Any) -> npt.NDArray[Any]:
         """The raw output for every row of x (logits, for a classifier), without training behaviour."""
         if "_predictor" not in vars(self):
-            self._predictor = Predictor(self)
+            self._predictor = Predictor()
         with mode(Mode()):  # what it records must infer, also inside `with training()`
-            return self._predictor(x)
+            return self._predictor(self, x)
 
     def predict_proba(self, x: Any) -> npt.NDArray[Any]:
         """Class probabilities: softmax over several outputs, the logistic sigmoid of one (or of each, for bce)."""
@@ -324,8 +326,27 @@ class Layer:
         )
 
 
+def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, list | tuple | dict):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flat(f"{name}.{key}", item)
+    else:
+        yield name, value
+
+
 def _short(argument: Any) -> str:
     return f"array{argument.shape}" if isinstance(argument, np.ndarray) else str(argument)
+
+
+def as_dtype(dtype: npt.DTypeLike, where: str) -> npt.DTypeLike:
+    """The dtype, if models may have it."""
+    try:
+        known = np.dtype(dtype) in FLOATS
+    except TypeError:
+        known = False
+    if not known:
+        raise TypeError(f"{where}: dtype {dtype} is not supported; choose from float32, float64")
+    return dtype
 
 
 def as_seed(seed: Any, where: str) -> int:

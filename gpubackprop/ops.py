@@ -5,6 +5,7 @@ Closures hold buffers, never the result itself, so that a graph is freed as soon
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,8 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 
 def clip(x: Any, low: float, high: float) -> Tensor:
     """x limited to [low, high]; no gradient at or beyond the limits."""
+    if not (isinstance(low, Real) and isinstance(high, Real)):
+        raise TypeError(f"clip: two numbers expected, got {low!r} and {high!r}; use maximum or minimum for one side")
     if not low <= high:
         raise ValueError(f"clip: low {low} exceeds high {high}")
     return minimum(maximum(x, low), high)

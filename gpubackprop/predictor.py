@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.backends.base import Backend, Buffer
+from gpubackprop.backends.base import Buffer
 from gpubackprop.data import as_features
 from gpubackprop.plan import Plan
 from gpubackprop.tensor import Tensor
@@ -33,29 +33,30 @@ class _Forward:
 class Predictor:
     """model.predict: batches are padded to CHUNK_ROWS rows, small ones to a power of two, so that few plans serve all.
 
-    A row's result does not depend on the rows beside it, so what the padding holds is of no account.
+    A row's result does not depend on the values in the rows beside it, so the padding may hold anything; at least two
+    rows are computed, because the product of one row is another routine, with other last bits.
     """
 
-    def __init__(self, model: "Layer") -> None:
-        self.model = model
+    def __init__(self) -> None:
         self.lock = threading.Lock()  # a plan's buffers serve one call at a time
         self._homes: tuple[Arena, ...] | None = None
         self._forwards: dict[tuple[int, int], _Forward] = {}
 
-    def __call__(self, x: Any) -> npt.NDArray[Any]:
-        """The output for every row of x."""
-        homes = self.model.homes()
-        rows = as_features(x, homes[0].dtype if homes else self.model.dtype, self.model.inputs, "predict")
+    def __call__(self, model: "Layer", x: Any) -> npt.NDArray[Any]:
+        """The model's output for every row of x."""
+        homes = model.homes()
+        rows = as_features(x, homes[0].dtype if homes else model.dtype, model.inputs, "predict")
         with self.lock:
             if homes != self._homes:  # what was recorded reads other arenas
                 self._homes, self._forwards = homes, {}
-            return self._predict(rows, self.model.backend)
+            return self._predict(model, rows)
 
-    def _predict(self, rows: npt.NDArray[Any], backend: Backend) -> npt.NDArray[Any]:
-        n = min(1 << (len(rows) - 1).bit_length(), CHUNK_ROWS)
+    def _predict(self, model: "Layer", rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        backend = model.backend
+        n = min(max(2, 1 << (len(rows) - 1).bit_length()), CHUNK_ROWS)
         key = (n, rows.shape[1])
         if key not in self._forwards:
-            self._forwards[key] = self._record(backend, *key, rows.dtype)
+            self._forwards[key] = _record(model, *key, rows.dtype)
         forward = self._forwards[key]
         out = np.empty((len(rows), *forward.output.shape[1:]), forward.output.dtype)
         for start in range(0, len(rows), n):
@@ -65,11 +66,13 @@ class Predictor:
             out[start : start + len(part)] = backend.to_numpy(forward.output[: len(part)])
         return out
 
-    def _record(self, backend: Backend, rows: int, columns: int, dtype: npt.DTypeLike) -> _Forward:
-        plan, x = Plan(backend, f"predict, {rows} rows"), backend.empty((rows, columns), dtype)
-        x[...] = 0
-        with plan.record("predict"):
-            output = self.model(Tensor(x, backend))
-        if output.ndim != 2 or output.shape[0] != rows:
-            raise ValueError(f"predict: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
-        return _Forward(plan, x, output.data)
+
+def _record(model: "Layer", rows: int, columns: int, dtype: npt.DTypeLike) -> _Forward:
+    backend = model.backend
+    plan, x = Plan(backend, f"predict, {rows} rows"), backend.empty((rows, columns), dtype)
+    x[...] = 0
+    with plan.record("predict"):
+        output = model(Tensor(x, backend))
+    if output.ndim != 2 or output.shape[0] != rows:
+        raise ValueError(f"predict: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
+    return _Forward(plan, x, output.data)

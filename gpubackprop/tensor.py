@@ -308,7 +308,10 @@ def tensor(
     if isinstance(array, Tensor):
         device, array = device or array.device, array.data
     backend = get_backend(device or "cpu")
-    values = np.asarray(array)
+    try:
+        values = np.asarray(array)
+    except ValueError:
+        raise ValueError("tensor: rows of equal length expected, got a ragged list; pad it") from None
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype.kind not in "fiub":
         raise TypeError(f"tensor: numbers expected, got dtype {values.dtype}; convert the values to float first")

@@ -74,7 +74,7 @@ class Trainer:
             raise ValueError("Trainer: the model has no trained parameters; layers declare them as attributes")
         self._prepare(device)
         model.initialize(self.seed, missing=True)
-        model.output_kind = self.objective.head
+        model.output_kind = model.output_kind or self.objective.head  # what it was trained as before stays until fit
 
     def _prepare(self, device: str, moments: HostMoments | None = None) -> None:
         """Everything that lives on the device."""
@@ -114,6 +114,8 @@ class Trainer:
         terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
         """
         _at_least_one("fit", epochs=epochs, batch_size=batch_size)
+        if not isinstance(shuffle, bool | np.bool_):
+            raise TypeError(f"fit: shuffle must be True or False, got {type(shuffle).__name__} {shuffle!r}")
         if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
             self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")
@@ -130,6 +132,7 @@ class Trainer:
         epochs, batch_size = int(epochs), min(int(batch_size), len(x))
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
+        self.model.output_kind = self.objective.head
         source = Source(*(self.backend.asarray(a) for a in (x, y, np.arange(len(x), dtype=np.intp))))
         sums = self._sums_of(y, x.shape[1])
         steps = self._steps_for(source, sums, batch_size)
@@ -293,11 +296,7 @@ class Trainer:
             chosen = [metric(m) for m in self.objective.metrics if not soft]
         elif soft and any(m.name == "accuracy" for m in self.metrics):
             raise ValueError("metric 'accuracy' counts labels, but y holds rows of class weights; leave it out")
-        elif (
-            self.objective.head == "identity"
-            and not self.objective.own
-            and any(m.name == "accuracy" for m in self.metrics)
-        ):
+        elif self.objective.head == "identity" and any(m.name == "accuracy" for m in self.metrics):
             raise ValueError(
                 f"metric 'accuracy' counts classes, but the loss is {self.objective.name}; use 'r2' or 'mae'"
             )

@@ -1,9 +1,11 @@
 """Layers: values, gradients, names, the arena, drawing, copies and inference."""
 
 import copy
+import gc
 import math
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -628,7 +630,7 @@ BAD_LAYERS = {
     "inner columns": (
         lambda: gb.Sequential(gb.Dense(3, 4), gb.Residual(gb.Dense(5, 5)))(np.ones((1, 3))),
         ValueError,
-        r"layer '1\.0': x has 4 columns but the weight has 5 rows",
+        r"layer '1\.0': x has 4 columns but Dense\(5, .* expects 5 columns",
     ),
     "one row": (lambda: gb.mlp([3, 2])([1, 2, 3]), ValueError, r"x has shape \(3,\), expected rows and columns"),
 }
@@ -817,3 +819,61 @@ def test_threads_may_predict_at_once(drawn, rng):
             for several, y in zip(pool.map(predict, inputs), expected, strict=True):
                 for got in several:
                     np.testing.assert_allclose(got, y, rtol=0, atol=1e-5)
+
+
+# ---- found by trying to break it -----------------------------------------------------------------------------------
+
+
+class Nested(gb.Layer):
+    def __init__(self):
+        self.first, self.blocks = gb.Dense(4, 3), [[gb.Dense(3, 3)], {"last": gb.Dense(3, 2)}]
+
+    def forward(self, x):
+        return self.blocks[1]["last"](self.blocks[0][0](self.first(x)))
+
+
+def test_layers_in_nested_containers_are_found():
+    names = ["first", "blocks.0.0", "blocks.1.last"]
+    assert list(Nested().state_dict()) == [f"{n}.{k}" for n in names for k in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("layer", [gb.LayerNorm, gb.BatchNorm, gb.Scaler])
+@pytest.mark.parametrize("columns", [1, 16])
+def test_a_layer_of_another_width_is_named_and_does_not_broadcast(layer, columns):
+    model = gb.Sequential(gb.Dense(8, 32), layer(columns))
+    message = rf"layer '1': x has 32 columns but {layer.__name__}\({columns}\) expects {columns} columns"
+    for use in (model, model.predict, lambda x: gb.Trainer(model, "mse", seed=0).fit(x, np.zeros((4, 32)))):
+        with pytest.raises(ValueError, match=message):
+            use(np.zeros((4, 8)))
+
+
+def test_a_dropped_model_is_freed_without_the_collector():
+    model = gb.mlp([4, 3, 2]).initialize(0)
+    model.predict(np.ones((3, 4)))
+    gone = weakref.ref(model.arena)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: gb.BatchNorm(3, eps=-1), "BatchNorm: eps -1 is not positive"),
+    (lambda: gb.LayerNorm(3, eps=0), "LayerNorm: eps 0 is not positive"),
+    (lambda: gb.Dropout("a"), "Dropout: rate must be a number, got str 'a'"),
+    (lambda: gb.mlp([3, 4], dtype="float16"), "Sequential: dtype float16 is not supported; choose from float32"),
+    (lambda: gb.mlp([3, 4], dtype="foo"), "Sequential: dtype foo is not supported"),
+    (lambda: gb.mlp([3, 4], dropout=5), "mlp: dropout 5 is not in"),
+    (lambda: gb.mlp(64), "mlp: a list of at least the input and output size expected, got 64"),
+    (lambda: gb.mlp("64"), "mlp: a list .* expected, got '64'"),
+    (lambda: gb.Dense(2, 3, init="x"), "unknown initializer 'x'; choose from constant|unknown initializer 'x'"),
+    (lambda: gb.Dense(2, 3, ["relu"]), "unknown activation"),
+    (lambda: gb.Dense(True, 3), "not one of positive integers"),
+    (lambda: gb.Dense(2, 3).load_state_dict(None), "load_state_dict: a dict of arrays expected, got NoneType"),
+])  # fmt: skip
+def test_faulty_arguments_are_refused_where_they_are_given(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()

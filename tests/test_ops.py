@@ -723,7 +723,7 @@ def test_gradcheck_shows_a_wrong_gradient():
     with pytest.raises(AssertionError, match="analytic nan numeric"):
         gb.gradcheck(planted(np.nan), [np.ones(2)])
     with pytest.raises(AssertionError, match=r"input 1 at \(\): analytic 0 numeric"):
-        gb.gradcheck(lambda a, b: a * b.detach(), [2.0, 3.0])
+        gb.gradcheck(lambda a, b: a * b.detach(), (2.0, 3.0))
 
 
 def test_gradcheck_takes_one_array_or_several():
@@ -773,3 +773,13 @@ def test_torch_agrees(rng):
             np.testing.assert_allclose(y.numpy(), z.detach().numpy(), rtol=1e-12, atol=1e-13, err_msg=key)
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(a.grad.numpy(), b.grad.numpy(), rtol=1e-11, atol=1e-12, err_msg=key)
+
+
+def test_gradcheck_is_relative_to_the_gradient_and_shows_true_numbers():
+    with pytest.raises(AssertionError, match=r"analytic 1\b.* numeric 2\b"):
+        gb.gradcheck(lambda w: (w * w.detach()).sum(), np.ones(3))
+    with pytest.raises(AssertionError, match="gradcheck"):
+        gb.gradcheck(lambda w: (w * w.detach()).sum() * 1e-9, np.ones(3))
+    assert gb.gradcheck(lambda w: (w * w).sum(), [1, 2, 3]) <= 1e-8  # a list of numbers is one array
+    with pytest.raises(TypeError, match="gradcheck: the function returned float, expected a tensor"):
+        gb.gradcheck(lambda w: 3.0, np.ones(3))

@@ -1058,7 +1058,7 @@ BAD_TRAINERS = {
     "initialize seed":  (lambda: model().initialize(-1), ValueError, "seed must be .*got -1"),
     "dtype":            (lambda: gb.Trainer(gb.mlp([4, 3], dtype="int64")), TypeError, "int64 is not supported"),
     "shapes":           (lambda: gb.Trainer(gb.Sequential(gb.Dense(4, 5), gb.Dense(6, 3)), seed=0).fit(X, Y),
-                         ValueError, "layer '1': x has 5 columns but the weight has 6 rows"),
+                         ValueError, r"layer '1': x has 5 columns but Dense\(6, .* expects 6 columns"),
     "one output":       (lambda: gb.Trainer(gb.mlp([4, 1]), seed=0).fit(X, Y), ValueError,
                          "cross_entropy needs an output per class but the model has one; use loss='bce'"),
     "1-D output":       (lambda: gb.Trainer(Flat(), "mse", seed=0).fit(X, V), ValueError,
@@ -1093,3 +1093,38 @@ def test_predict_refuses_what_fit_refuses(x, trained):
     with pytest.raises((ValueError, TypeError), match=r"^predict: x "):
         trainer.predict(x)
     unharmed(trainer, before)
+
+
+# ---- found by trying to break it -----------------------------------------------------------------------------------
+
+
+def test_an_own_loss_leaves_a_classifier_a_classifier(rng):
+    x, y = classes(rng)
+    trainer = gb.Trainer(gb.mlp([x.shape[1], 3]), lambda o, t: gb.softmax_cross_entropy(o, t), seed=0)
+    trainer.fit(x, y, epochs=1)
+    np.testing.assert_allclose(trainer.model.predict_proba(x).sum(1), 1, rtol=1e-5)
+
+
+def test_only_training_changes_what_a_models_outputs_mean(rng):
+    x, y = classes(rng)
+    model = gb.mlp([x.shape[1], 3])
+    gb.Trainer(model, seed=0).fit(x, y, epochs=1)
+    gb.Trainer(model, "mse")
+    assert model.predict_classes(x).shape == y.shape
+
+
+def test_negative_weights_of_classes_are_refused(rng):
+    x, y = classes(rng)
+    with pytest.raises(ValueError, match="y has -5 at row 0; weights of classes must not be negative"):
+        gb.Trainer(gb.mlp([x.shape[1], 3]), seed=0).fit(x, -5 * np.eye(3)[y], epochs=1)
+
+
+def test_r2_of_one_row_is_undefined():
+    trainer = gb.Trainer(gb.mlp([2, 1]), "mse", seed=0)
+    assert np.isnan(trainer.evaluate(np.ones((1, 2)), [1.0])["r2"])
+
+
+def test_a_learning_rate_beyond_float32_is_reported_as_divergence(rng):
+    x, y = classes(rng)
+    with pytest.raises(gb.TrainingDiverged):
+        gb.Trainer(gb.mlp([x.shape[1], 3]), optimizer=gb.Adam(lr=1e300), seed=0).fit(x, y, epochs=2)

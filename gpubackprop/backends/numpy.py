@@ -44,7 +44,8 @@ class NumpyStepTable:
 
     def load(self, rows: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64], first: int) -> None:
         """Take the rows of the coming steps; see StepTable."""
-        self.rows, self.offsets, self.first = rows.astype(self.row.dtype), offsets, first
+        with np.errstate(over="ignore"):  # a learning rate beyond float32 diverges, and is reported as that
+            self.rows, self.offsets, self.first = rows.astype(self.row.dtype), offsets, first
         self.counter[...] = -1
         self.advance()
 
