@@ -1,9 +1,12 @@
 """`python -m benchmarks`: the command line of the benchmark suite."""
 
 import json
+import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -40,12 +43,28 @@ def run(names: tuple[str, ...], activation: str, repeats: int, path: str | None)
         click.echo(f"{name:<32} {step * 1e3:10.3f} {floor * 1e3:13.3f} {step / floor:6.2f} {spread:7.1%} "
                    f"{case.gemm_flops / step / 1e9:8.1f}")  # fmt: skip
     if path:
-        about = {
-            "gpubackprop": gb.__version__, "numpy": np.__version__, "python": platform.python_version(),
-            "machine": platform.processor() or platform.machine(), "date": datetime.now(UTC).isoformat("T", "seconds"),
-            "activation": activation, "repeats": repeats, "cases": figures,
-        }  # fmt: skip
+        about = circumstances() | {"activation": activation, "repeats": repeats, "cases": figures}
         Path(path).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and with what the figures were taken: versions, commit, machine, BLAS and its threads (extra `bench`)."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    try:
+        from threadpoolctl import threadpool_info
+
+        blas = [{k: pool.get(k) for k in ("internal_api", "version", "num_threads")} for pool in threadpool_info()]
+    except ImportError:
+        blas = None
+    return {
+        "gpubackprop": gb.__version__, "commit": commit, "numpy": np.__version__, "python": platform.python_version(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "blas": blas,
+        "date": datetime.now(UTC).isoformat("T", "seconds"),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

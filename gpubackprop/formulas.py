@@ -366,6 +366,7 @@ def free_names(*roots: Expr) -> list[str]:
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
 
 
+@cache
 def describe(root: Expr) -> str:
     """The graph as one line of the language, with no parenthesis that precedence makes needless."""
     text: dict[Expr, str] = {}

@@ -183,7 +183,7 @@ def bind(
         shape = (math.prod(shape),)
     calls: list[Call] = []
     for n, index in enumerate(chunks(shape)):
-        piece = np.broadcast_to(np.empty(()), shape)[index].shape
+        piece = np.broadcast_to(np.empty(()), shape)[index].shape if index else shape
         cut = {k: _cut(a, index, shape) for k, a in reads.items()}
         frame = _Frame(cut, {k: a[index] for k, a in writes.items()}, piece, dtype, space)
         calls += map(frame.call, code)
@@ -194,7 +194,9 @@ def bind(
 
 def _cut(a: Array, index: tuple[int | slice, ...], shape: tuple[int, ...]) -> Array:
     """The part of a broadcasting operand that belongs to a chunk."""
-    return a.reshape(()) if a.size == 1 else np.broadcast_to(a, shape)[index]
+    if a.size == 1:
+        return a.reshape(())
+    return np.broadcast_to(a, shape)[index] if index else a
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gpubackprop.backends import chunked, rows
 from gpubackprop.backends.base import Graph, Launch, StepTable, workspace
-from gpubackprop.formulas import apply, describe, hoist, name, walk
+from gpubackprop.formulas import Expr, apply, describe, hoist, name, walk
 
 __all__ = ["NumpyBackend", "NumpyStepTable"]
 
@@ -331,7 +331,12 @@ def _common(
 
 
 def _flops(graph: Graph, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * sum(1 for node in walk(graph.values()) if node.args)
+    return math.prod(shape) * _operations(tuple(graph.values()))
+
+
+@cache
+def _operations(roots: tuple[Expr, ...]) -> int:
+    return sum(1 for node in walk(roots) if node.args)
 
 
 def _numpy(table: StepTable) -> NumpyStepTable:
