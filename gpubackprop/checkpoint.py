@@ -34,6 +34,7 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     `…_init` are left out, since the values are stored. Rows of `register_activation` that the model uses travel along.
     `extra` is anything JSON holds; `read_metadata` gives it back. On any error the old file stands.
     """
+    _check_path(path, "save_model")
     if not isinstance(model, Layer):
         raise TypeError(f"save_model: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])")
     import json
@@ -73,6 +74,7 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
     Layers of users' own classes need those classes imported before. The file is only read: its formulas pass through
     `register_activation`'s checks, and an activation of that name with another formula is an error.
     """
+    _check_path(path, "load_model")
     backend = get_backend(device)
     where = f"load_model: {os.fspath(path)}"
     with _opened(path, where) as (header, file):
@@ -88,8 +90,14 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
 def read_metadata(path: PathLike) -> dict[str, Any]:
     """What the file says beside the arrays: format, gpubackprop (its version), architecture, dtype, head, activations,
     extra. Needs none of the model's classes."""
+    _check_path(path, "read_metadata")
     with _opened(path, f"read_metadata: {os.fspath(path)}") as (header, _):
         return header
+
+
+def _check_path(path: Any, where: str) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{where}: path is {type(path).__name__}; expected the name of a file, such as 'm.safetensors'")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -271,6 +279,9 @@ def _registered_rows(model: Layer) -> list[Activation]:
 def check_writable(path: PathLike) -> Path:
     """The real path of a file that `write_file` can make or replace; an OSError that says what is in the way if not."""
     real = Path(os.path.realpath(path))
+    if os.path.islink(path) and f"{os.path.realpath(os.path.dirname(path))}/".startswith(("/dev/", "/proc/")):
+        remedy = "renaming a new file over it would lose what else goes there; name a file of its own"
+        raise FileExistsError(f"{path}: stands for the open file {real}; {remedy}")
     if real.is_dir():
         raise IsADirectoryError(f"{path}: is a folder, expected the name of a file; add one")
     if real.exists() and not real.is_file():

@@ -1,12 +1,17 @@
 """The command `gpubackprop`: options, what is printed, and errors as one line.
 
 Exit status: 0; 2 for bad input (options, data, model files, paths); 1 when something else fails (training diverges, a
-device does not work, the disk is full); 130 after Ctrl-C.
+device does not work, the disk is full, stdout is closed); 130 after Ctrl-C. Files are written before anything is
+printed of them, so that a stdout that takes no more costs no work.
 """
 
+import io
 import json
+import math
 import os
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +39,22 @@ INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 class Commands(click.Group):
     """Commands whose library errors end as one line and an exit status."""
 
+    def main(self, *arguments: Any, **keywords: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a × that its encoding lacks is no reason to fail
+        try:
+            return super().main(*arguments, **keywords)
+        except OSError as error:  # of the help or the version: the rest is caught below
+            with suppress(OSError):
+                click.echo(f"gpubackprop: stdout: cannot be written ({error.strerror})", err=True)
+            sys.exit(1)
+        finally:
+            try:
+                if sys.stdout is not None:  # closed from the start
+                    sys.stdout.flush()
+            except OSError:  # Python would try once more as it exits, and then say so in lines of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -51,7 +72,8 @@ class Commands(click.Group):
 
 def _fail(message: str, status: int) -> NoReturn:
     """End with one line on stderr."""
-    click.echo(f"gpubackprop: {' '.join(message.split())}", err=True)
+    with suppress(OSError):
+        click.echo(f"gpubackprop: {' '.join(message.split())}", err=True)
     raise click.exceptions.Exit(status)
 
 
@@ -109,8 +131,9 @@ def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return add
 
 
-_force = click.option("--force", is_flag=True, help="Replace the file of --out if it exists.")
-_json = click.option("--json", "json_path", metavar="FILE", help="Write the figures to this file.")
+_force = click.option("--force", is_flag=True, help="Replace files that exist.")
+_json = click.option("--json", "json_path", metavar="FILE",
+                     help="Write the figures to this file; - for stdout, with the lines on stderr.")  # fmt: skip
 
 
 # ---- train, evaluate, predict --------------------------------------------------------------------------------------
@@ -146,21 +169,31 @@ def train(
     recipe = Recipe(hidden=_sizes(hidden, "--hidden"), **settings)
     _check_outputs(out, force, json_path, data)
     run = Run(data, runs.read(data, target, task), recipe)
-    say = _silent if quiet else _say
+    if (count := runs.doubtful_classes(run.table)) and task is None and not quiet:
+        with suppress(OSError):
+            click.echo(f"gpubackprop: warning: the target's integers are taken as {count:,} classes of "
+                       f"{len(run.table.x):,} rows; if they are amounts, use --task regression", err=True)  # fmt: skip
+
+    def say(label: str, text: str) -> None:
+        if not quiet:
+            _say(label, text, err=json_path == "-")
+
     for label, text in run.lines():
-        say(label, text)
+        with suppress(OSError):  # the run is worth more than its lines
+            say(label, text)
     try:
         run.fit(False if quiet else None)
     except KeyboardInterrupt:
         _fail(_keep(run, out), INTERRUPTED)
+    if out:
+        save_model(run.model, out, extra=run.extra)
     measured = run.figures()
+    _write_json(json_path, {**run.report(), **measured, "out": out})
     for part, values in measured.items():
         say(part.replace("_", " "), _figures(values))
     say("time", f"{run.seconds:.1f} s")
     if out:
-        save_model(run.model, out, extra=run.extra)
         say("saved", out)
-    _write_json(json_path, {**run.report(), **measured, "out": out})
 
 
 @main.command()
@@ -169,7 +202,8 @@ def train(
 @click.option("--all", "every", is_flag=True, help="Every row of a bundled set, also those trained on.")
 @_options("device")
 @_json
-def evaluate(model: str, data: str, every: bool, device: str, json_path: str | None) -> None:
+@_force
+def evaluate(model: str, data: str, every: bool, device: str, json_path: str | None, force: bool) -> None:
     """Measure a saved MODEL on DATA.
 
     On the bundled set that the model was trained on these are the rows held out then, so that the line is train's. Of a
@@ -179,7 +213,7 @@ def evaluate(model: str, data: str, every: bool, device: str, json_path: str | N
     Example:
       gpubackprop evaluate digits.safetensors digits
     """
-    _check_outputs(None, False, json_path, data, model)
+    _check_outputs(None, force, json_path, data, model)
     network, extra = load_model(model, device), read_metadata(model)["extra"]
     table = runs.read_for(network, data, extra)
     if table.y is None:
@@ -188,8 +222,8 @@ def evaluate(model: str, data: str, every: bool, device: str, json_path: str | N
     x, y = (table.x, table.y) if part is None else part
     values = runs.figures(network, x, y, device)
     label = "all rows" if part is None else "held out"
-    _say(label, _figures(values))
     _write_json(json_path, {"model": model, "data": data, "rows": len(x), "part": label.replace(" ", "_"), **values})
+    _say(label, _figures(values), err=json_path == "-")
 
 
 @main.command()
@@ -201,8 +235,9 @@ def evaluate(model: str, data: str, every: bool, device: str, json_path: str | N
 def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
     """Write a saved MODEL's predictions for DATA.
 
-    Every row of DATA has one; the target may be absent. A .csv has one line per row: the prediction, and for classes
-    the probability of each. An .npz has the arrays prediction, probability and classes; an .npy the predictions alone.
+    Every row of DATA has one; its target is ignored and may be absent. A .csv has one line per row: the prediction, and
+    for classes the probability of each. An .npz has the arrays prediction, probability and classes; an .npy the
+    predictions alone.
 
     \b
     Example:
@@ -211,7 +246,7 @@ def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
     kind = runs.kind_of(out)
     _check_outputs(out, force, None, data, model)
     network, extra = load_model(model, device), read_metadata(model)["extra"]
-    table = runs.read_for(network, data, extra)
+    table = runs.read_for(network, data, extra, labelled=False)
     write_file(out, runs.predict(network, table.x, extra.get("classes")).encode(kind))
     _say("saved", f"{out}: {len(table.x):,} predictions")
 
@@ -246,7 +281,7 @@ def explain(model: str | None, sizes: str | None, batch_size: int, device: str, 
         rate = recipe.dropout_for("classification")
         network, loss = mlp(layout, recipe.activation, dropout=rate, dtype=recipe.dtype), "cross_entropy"
     optimizer = OPTIMIZERS[recipe.optimizer]()
-    click.echo(str(Trainer(network, loss, optimizer, device=device, seed=0).plan(batch_size)))
+    _print(str(Trainer(network, loss, optimizer, device=device, seed=0).plan(batch_size)))
 
 
 @main.command()
@@ -262,7 +297,7 @@ def kernels(name: str | None, dtype: str) -> None:
     """
     from gpubackprop.backends import codegen
 
-    click.echo("\n".join(codegen.names()) if name is None else codegen.source(name, dtype))
+    _print("\n".join(codegen.names()) if name is None else codegen.source(name, dtype))
 
 
 @main.command()
@@ -280,12 +315,17 @@ def info() -> None:
 # ---- printing and files --------------------------------------------------------------------------------------------
 
 
-def _say(label: str, text: str) -> None:
-    click.echo(f"{label:<11} {text}")
+def _print(text: str, err: bool = False) -> None:
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        raise  # its reader has seen enough: click ends without a word
+    except OSError as error:
+        raise OSError(f"{'stderr' if err else 'stdout'}: cannot be written ({error.strerror})") from None
 
 
-def _silent(label: str, text: str) -> None:
-    pass
+def _say(label: str, text: str, err: bool = False) -> None:
+    _print(f"{label:<11} {text}", err)
 
 
 def _figures(values: Mapping[str, float]) -> str:
@@ -305,17 +345,35 @@ def _keep(run: Run, out: str | None) -> str:
 
 
 def _check_outputs(out: str | None, force: bool, json_path: str | None, *inputs: str) -> None:
-    """Raise before any work if a file cannot be written, exists without --force, or is one that is read."""
+    """Raise before any work if a file cannot be written, exists without --force, or is read or printed to."""
     taken = {os.path.realpath(path): f"the input {path}" for path in inputs if path not in datasets.NAMES}
-    for path in filter(None, (out, json_path)):
+    paths = [path for path in (out, None if json_path == "-" else json_path) if path]
+    for path in paths:
         real = str(check_writable(path))
+        for number, stream in (1, "stdout"), (2, "stderr"):
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(number), os.stat(real)):
+                    taken[real] = f"the file that {stream} goes to"
         if real in taken:
             raise ValueError(f"{path}: is {taken[real]}, which would be lost; give another name")
         taken[real] = "the file of --out"
-    if out and not force and Path(out).exists():
-        raise FileExistsError(f"{out}: exists; use --force to replace it, or another name")
+    if existing := [path for path in paths if Path(path).exists() and not force]:
+        raise FileExistsError(f"{existing[0]}: exists; use --force to replace it, or another name")
 
 
 def _write_json(path: str | None, report: Mapping[str, Any]) -> None:
-    if path:
-        write_file(path, (json.dumps(report, indent=1) + "\n").encode())
+    """The figures as JSON, to a file or, for "-", to stdout."""
+    text = json.dumps(_strict(report), indent=1, allow_nan=False)
+    if path == "-":
+        _print(text)
+    elif path:
+        write_file(path, (text + "\n").encode())
+
+
+def _strict(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _strict(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["as_features", "as_labels", "as_probabilities", "as_targets", "check_same_length", "on_host", "split"]
+__all__ = [
+    "as_features",
+    "as_labels",
+    "as_probabilities",
+    "as_seed",
+    "as_targets",
+    "check_same_length",
+    "on_host",
+    "split",
+]
 
 Array = NDArray[Any]
 
@@ -84,6 +93,17 @@ def as_probabilities(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit",
     return rows
 
 
+def as_seed(seed: Any, where: str) -> int | None:
+    """The seed as a Python integer >= 0; None stays None."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"{where}: seed must be an integer or None, got {type(seed).__name__} {seed!r}")
+    if seed < 0:
+        raise ValueError(f"{where}: seed must be at least 0, got {seed}")
+    return int(seed)
+
+
 def check_same_length(x: Any, y: Any, where: str = "fit") -> None:
     """Raise unless x and y have a row each per sample."""
     n, m = _rows(x, where, "x"), _rows(y, where, "y")
@@ -121,6 +141,11 @@ def _numbers(a: Any, where: str, name: str, remedy: str) -> Array:
     array = on_host(a, where, name)
     if array.dtype.kind in "biuf" or array.dtype.name == "bfloat16":
         return array
+    if array.dtype.kind == "O" and array.ndim:
+        for place in np.ndindex(array.shape):
+            if (value := array[place]) is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas' own
+                at = ", column ".join(map(str, place))
+                raise ValueError(f"{where}: {name} has a missing value ({value}) at row {at}; remove or fill such rows")
     if array.dtype.kind == "O" and array.ndim == 0:
         remedy = f"use {name}.toarray()" if hasattr(a, "toarray") else "pass an array, a frame or lists"
         raise TypeError(f"{where}: {name} is of type {type(a).__name__}, expected numbers; {remedy}")
@@ -189,7 +214,7 @@ def split(
         raise ValueError("split: x has 1 row, expected at least 2, one for each part; pass more data")
     count = _test_rows(test, n)
     codes = _strata(y, stratify)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(as_seed(seed, "split"))
     order = rng.permutation(n)
     held = np.arange(n) < count
     if codes is not None:

@@ -15,12 +15,12 @@ from gpubackprop import initializers, ops
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, StepTable
-from gpubackprop.data import as_features
+from gpubackprop.data import as_features, as_seed
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
 
-__all__ = ["CLASSES", "Layer", "Mode", "current_mode", "fresh_seed", "mode", "training"]
+__all__ = ["CLASSES", "Layer", "Mode", "current_mode", "mode", "seed_or_fresh", "training"]
 
 
 # ---- training or inference -----------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Layer:
 
         With missing=True only those that neither `initialize`, training nor `load_state_dict` set before.
         """
-        seed = as_seed(seed, "initialize")
+        seed = seed_or_fresh(seed, "initialize")
         _ = self.arena
         named = self.named_parameters()
         keys = [k for k, p in named.items() if not (missing and p.settled)]
@@ -349,17 +349,7 @@ def as_dtype(dtype: npt.DTypeLike, where: str) -> npt.DTypeLike:
     return dtype
 
 
-def as_seed(seed: Any, where: str) -> int:
-    """The seed as a Python integer >= 0; None draws a fresh one."""
-    if seed is None:
-        return fresh_seed()
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise TypeError(f"{where}: seed must be an integer or None, got {type(seed).__name__} {seed!r}")
-    if seed < 0:
-        raise ValueError(f"{where}: seed must be at least 0, got {seed}")
-    return int(seed)
-
-
-def fresh_seed() -> int:
-    """A seed from the system's entropy."""
-    return int(np.random.SeedSequence().generate_state(1)[0])
+def seed_or_fresh(seed: Any, where: str) -> int:
+    """The seed, checked; for None one from the system's entropy."""
+    given = as_seed(seed, where)
+    return given if given is not None else int(np.random.SeedSequence().generate_state(1)[0])

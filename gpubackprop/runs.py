@@ -20,8 +20,8 @@ from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.tables import Table, Task, read_table
 from gpubackprop.trainer import Trainer
 
-__all__ = ["RATES", "Prediction", "Recipe", "Run", "figures", "held_out", "kind_of", "predict", "read", "read_for",
-           "trained_loss", "versions"]  # fmt: skip
+__all__ = ["RATES", "Prediction", "Recipe", "Run", "doubtful_classes", "figures", "held_out", "kind_of", "predict",
+           "read", "read_for", "trained_loss", "versions"]  # fmt: skip
 
 Array = NDArray[Any]
 
@@ -50,6 +50,11 @@ class Recipe:
     dtype: str = "float32"
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"train: {name} must be at least 1, got {value}")
+
     def dropout_for(self, task: Task) -> float:
         """The rate, chosen by the task if it was left open: dropping units out blurs numbers more than it helps."""
         return self.dropout if self.dropout is not None else 0.5 if task == "classification" else 0.0
@@ -76,16 +81,25 @@ def read(data: str, target: str | None = None, task: Task | None = None) -> Tabl
     return Table(x, y, task="classification", classes=[str(i) for i in range(int(y.max()) + 1)])
 
 
-def read_for(model: Layer, data: str, extra: Mapping[str, Any]) -> Table:
-    """The table as the model reads it: its columns by name, its classes by number."""
+def read_for(model: Layer, data: str, extra: Mapping[str, Any], labelled: bool = True) -> Table:
+    """The table as the model reads it: its columns by name and, if `labelled`, its target by the model's classes."""
     if data in datasets.NAMES:
         return read(data)
+    if not labelled:
+        return read_table(data, columns=extra.get("columns"), labelled=False)
     task: Task = "regression" if trained_loss(model) == "mse" else "classification"
     classes = extra.get("classes")
     if task == "classification" and classes is None and model.inputs:  # of gb.save_model: its labels are numbers
         outputs = model.predict(np.zeros((1, model.inputs))).shape[1]
         classes = [str(i) for i in range(max(outputs, 2))]
     return read_table(data, extra.get("target"), task, classes, extra.get("columns"))
+
+
+def doubtful_classes(table: Table) -> int:
+    """The number of classes, if they are integers so many that they may be amounts; else 0."""
+    names = table.classes or []
+    many = len(names) > max(20, len(table.x) / 10)
+    return len(names) if many and all(name.lstrip("-").isdecimal() for name in names) else 0
 
 
 def held_out(data: str, table: Table, extra: Mapping[str, Any]) -> tuple[Array, Array] | None:
@@ -196,7 +210,10 @@ def _count(number: int, thing: str) -> str:
 def trained_loss(model: Layer) -> str:
     """The name of the loss a model was trained with, by its head."""
     if model.output_kind not in LOSSES:
-        raise ValueError("the model was saved before any training, so that its loss is not known; train it first")
+        raise ValueError(
+            "the model was trained with a loss of its own or not at all, but to evaluate or explain it takes a named "
+            f"loss; train it with one of {', '.join(LOSSES.values())}"
+        )
     return LOSSES[model.output_kind]
 
 
@@ -243,8 +260,12 @@ class Prediction:
 
 
 def predict(model: Layer, x: Array, classes: list[str] | None = None) -> Prediction:
-    """The model's prediction for each row; class names that are all integers become numbers."""
-    if trained_loss(model) == "mse":
+    """The model's prediction for each row; class names that are all integers become numbers.
+
+    Where the loss is not known, one output is a number and several are classes.
+    """
+    head = model.output_kind
+    if head == "identity" or (head is None and model.predict(x[:1]).shape[1] == 1):
         value = model.predict(x)
         return Prediction(value.ravel() if value.shape[1] == 1 else value)
     labels, probability = model.predict_classes(x), model.predict_proba(x)

@@ -60,7 +60,7 @@ class Sums:
         return {"loss": self.mean_loss(rows)} | {m.name: m.value(read(s), rows, y) for m, s in self.metrics}
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """The step for batches of `rows` rows of an attached source: `run()` records it the first time, then replays it."""
 
@@ -90,6 +90,11 @@ class Step:
     def attach(self, source: Source) -> None:
         """Take the batches from this source; the next run binds the feed to it."""
         self.run = partial(self._first, source)
+
+    def detach(self) -> None:
+        """Let go of the source and its data."""
+        self.plan.discard("feed")
+        del self.run
 
     def _first(self, source: Source) -> None:
         plan, table = self.plan, self.table

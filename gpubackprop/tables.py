@@ -45,20 +45,22 @@ def read_table(
     task: Task | None = None,
     classes: Names | None = None,
     columns: Names | None = None,
+    labelled: bool = True,
 ) -> Table:
     """The table in a file; whatever is wrong with the file raises a ValueError that says where.
 
     A `.csv` has a header row, one of , ; tab between its fields, and y in the column `target`. An `.npz` has
     arrays x and, optionally, y. Integers and text in y mean classes, floats regression, unless `task` says
     otherwise. Missing values (empty, NA, N/A, NaN) are errors. A stored model gives its `classes`, which then
-    number the labels, and its `columns`, which are picked by name in that order; the target may be absent.
+    number the labels, and its `columns`, which are picked by name in that order; the target may be absent. With
+    labelled=False it is not looked at.
     """
     path = Path(path)
     if task not in (None, "classification", "regression"):
         raise ValueError(f"unknown task {task!r}; choose from classification, regression")
     _check_file(path)
     read = _read_csv if path.suffix.lower() == ".csv" else _read_npz
-    return read(path, target, task, classes, columns)
+    return read(path, target, task, classes, columns, labelled)
 
 
 def _check_file(path: Path) -> None:
@@ -82,7 +84,9 @@ def _check_file(path: Path) -> None:
 # ---- npz ---------------------------------------------------------------------------------------------------
 
 
-def _read_npz(path: Path, target: str | None, task: Task | None, classes: Names | None, columns: Names | None) -> Table:
+def _read_npz(
+    path: Path, target: str | None, task: Task | None, classes: Names | None, columns: Names | None, labelled: bool
+) -> Table:
     """The arrays x and y; of a model's columns only the number can be checked, its target is y."""
     if target is not None and columns is None:
         raise ValueError(f"{path}: target {target!r} was given, but the target of an npz is its array y; drop it")
@@ -95,7 +99,7 @@ def _read_npz(path: Path, target: str | None, task: Task | None, classes: Names 
             np.load(raw, allow_pickle=False) as file,
         ):  # by path it stays open on errors
             names = list(file)
-            arrays = {name: file[name] for name in ("x", "y") if name in names}
+            arrays = {name: file[name] for name in ("x", "y")[: 1 + labelled] if name in names}
     except Exception as error:  # a damaged zip raises a dozen types, from BadZipFile to NotImplementedError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as npz ({reason}); {remedy}") from None
@@ -121,7 +125,9 @@ def _read_npz(path: Path, target: str | None, task: Task | None, classes: Names 
 # ---- CSV ---------------------------------------------------------------------------------------------------
 
 
-def _read_csv(path: Path, target: str | None, task: Task | None, classes: Names | None, columns: Names | None) -> Table:
+def _read_csv(
+    path: Path, target: str | None, task: Task | None, classes: Names | None, columns: Names | None, labelled: bool
+) -> Table:
     """The columns of a CSV by name, parsed column by column."""
     names, rows, lines = _records(path)
     cells = dict(zip(names, zip(*rows, strict=True), strict=True))
@@ -136,17 +142,18 @@ def _read_csv(path: Path, target: str | None, task: Task | None, classes: Names 
     def at(name: str) -> At:
         return lambda row: f"line {lines[row]}, column {name!r}"
 
-    guess = target is None and columns is None
     x = np.empty((len(rows), len(wanted)))
     for j, name in enumerate(wanted):
-        remedy = f"fix it, remove the column or use --target {name}" if guess else "fix it"
-        x[:, j] = _numbers(path, cells[name], at(name), remedy)
-    if target is None or target not in cells:
+        ways = [] if columns else ["remove the column"]
+        if columns is None and target is None and labelled:
+            ways.append(f"use --target {name}")
+        x[:, j] = _numbers(path, cells[name], at(name), ways)
+    if not labelled or target is None or target not in cells:
         return Table(x, columns=wanted)
     y = [cell.strip() for cell in cells[target]]
     task = task or ("classification" if classes is not None else _guess_task(path, y, at(target)))
     if task == "regression":
-        numbers = _numbers(path, y, at(target), "fix it or use --task classification")
+        numbers = _numbers(path, y, at(target), ["use --task classification"])
         return Table(x, numbers.reshape(-1, 1), wanted, target, task)
     labels, known = _labels(path, y, classes, at(target))
     return Table(x, labels, wanted, target, task, known)
@@ -184,7 +191,9 @@ def _records(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise ValueError(f"{path}: columns share the name {_some(twice)}, expected distinct names; rename them")
     for line, row in zip(lines, rows, strict=True):
         if len(row) != len(names):
-            raise ValueError(f"{path}: line {line} has {len(row)} fields, expected {len(names)} as in the header")
+            remedy = "add what it lacks" if len(row) < len(names) else "quote a field that holds the delimiter"
+            expected = f"expected {len(names)} as in the header; {remedy} or remove the line"
+            raise ValueError(f"{path}: line {line} has {len(row)} fields, {expected}")
     return names, rows, lines
 
 
@@ -194,16 +203,21 @@ def _delimiter(header: str) -> str:
     return max(counts, key=lambda delimiter: counts[delimiter])
 
 
-def _numbers(path: Path, cells: Names, at: At, remedy: str) -> NDArray[np.float64]:
-    """The cells of a column as finite numbers."""
+def _numbers(path: Path, cells: Names, at: At, ways: Names = ()) -> NDArray[np.float64]:
+    """The cells of a column as finite numbers, 1 and 0 if it holds True and False; `ways` out besides mending it."""
     try:
         numbers = np.fromiter(map(float, cells), np.float64, len(cells))
         if np.isfinite(numbers).all() and "_" not in "".join(cells):
             return numbers
     except ValueError:
-        pass
+        words = [cell.strip().lower() for cell in cells]
+        if {"true", "false"} >= set(words):
+            return np.array([word == "true" for word in words], np.float64)
     _check_present(path, cells, at)
-    row = int(np.isnan([_number(cell) for cell in cells]).argmax())
+    bad = np.isnan([_number(cell) for cell in cells])
+    row = int(bad.argmax())
+    *most, last = ["encode it" if bad.mean() > 0.5 else "fix it", *ways]
+    remedy = " or ".join([", ".join(most), last] if most else [last])
     if re.fullmatch(r"[+-]?\d+,\d+", cells[row].strip()):
         remedy = "write it with a decimal point"
     raise ValueError(f"{path}: {at(row)} has {cells[row]!r}, expected a finite number; {remedy}")

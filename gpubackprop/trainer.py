@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from gpubackprop.backends.base import StepTable, Workspace
 from gpubackprop.data import as_features, check_same_length
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
-from gpubackprop.model import Layer, Mode, as_seed, mode
+from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
 from gpubackprop.optimizers import OPTIMIZERS, HostMoments, Optimizer, State
 from gpubackprop.plan import Plan
 from gpubackprop.progress import Bar, Interrupts
@@ -67,7 +67,7 @@ class Trainer:
         if isinstance(metrics, str):
             raise TypeError(f"Trainer: metrics must be a list of names, got {metrics!r}; use metrics=[{metrics!r}]")
         self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
-        self.seed = as_seed(seed, "Trainer")
+        self.seed = seed_or_fresh(seed, "Trainer")
         self.history: History = {}
         self.epoch = self.step = 0
         if not any(p.trainable for p in model.named_parameters().values()):
@@ -103,7 +103,7 @@ class Trainer:
 
     def fit(
         self, x: Any, y: Any, epochs: int = 10, batch_size: int = 128, *,
-        validation_data: tuple[Any, Any] | None = None, shuffle: bool = True, callbacks: Iterable[Callback] = (),
+        validation_data: tuple[Any, Any] | None = None, shuffle: bool = True, callbacks: Sequence[Callback] = (),
         progress: bool | None = None, stop_below: float | None = None,
     ) -> History:  # fmt: skip
         """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each.
@@ -113,23 +113,12 @@ class Trainer:
         whose loss (validation loss, if there is validation data) is below it. `progress` shows a bar (None: on a
         terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
         """
-        _at_least_one("fit", epochs=epochs, batch_size=batch_size)
-        if not isinstance(shuffle, bool | np.bool_):
-            raise TypeError(f"fit: shuffle must be True or False, got {type(shuffle).__name__} {shuffle!r}")
+        _check_fit(epochs, batch_size, shuffle, callbacks, stop_below)
         if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
             self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")
         held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
-        if not isinstance(callbacks, Iterable):
-            raise TypeError(
-                f"fit: callbacks is {type(callbacks).__name__}; expected a list of functions of the trainer"
-            )
-        callbacks = list(callbacks)
-        if stop_below is not None and (isinstance(stop_below, bool) or not isinstance(stop_below, Real)):
-            raise TypeError(f"fit: stop_below must be a number, got {type(stop_below).__name__} {stop_below!r}")
-        if bad := [c for c in callbacks if not callable(c)]:
-            raise TypeError(f"fit: callback {bad[0]!r} is not callable; expected a function of the trainer")
-        epochs, batch_size = int(epochs), min(int(batch_size), len(x))
+        epochs, batch_size, callbacks = int(epochs), min(int(batch_size), len(x)), list(callbacks)
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
         self.model.output_kind = self.objective.head
@@ -138,36 +127,52 @@ class Trainer:
         steps = self._steps_for(source, sums, batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
-        with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
-            for _ in range(epochs):
-                sums.clear()
-                self._begin_epoch(source, steps, shuffle)
-                begun = self.step
-                for i, step in enumerate(steps):
-                    try:
-                        step.run()
-                    except BaseException:  # the step was cut short, and its launches may have run in part
-                        self._go_back(keeper, begun)
-                        raise
-                    self.step += 1
-                    if interrupts.pending:
-                        if int(sums.bad_step) or not keeper.finite():
-                            self._go_back(keeper, begun)
-                        interrupts.deliver()
-                    if bar.shown and bar.due():
-                        seen = i * batch_size + step.rows
-                        bar.advance(seen, sums.mean_loss(seen))
-                self._close_epoch(sums, keeper, begun)
-                figures = sums.figures(len(x), y)
-                if held_out is not None:
-                    figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
-                self._note(figures)
-                bar.epoch(figures)
-                loss = figures["loss" if held_out is None else "val_loss"]
-                stops = [isinstance(r := c(self), bool | np.bool_) and bool(r) for c in callbacks]
-                if any(stops) or (stop_below is not None and loss < stop_below):
-                    break
+        try:
+            with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
+                for _ in range(epochs):
+                    self._begin_epoch(source, steps, sums, shuffle)
+                    self._run_epoch(steps, sums, keeper, interrupts, bar)
+                    figures = sums.figures(len(x), y)
+                    if held_out is not None:
+                        figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
+                    self._note(figures)
+                    bar.epoch(figures)
+                    stops = [isinstance(r := c(self), bool | np.bool_) and bool(r) for c in callbacks]
+                    loss = figures["loss" if held_out is None else "val_loss"]
+                    if any(stops) or (stop_below is not None and loss < stop_below):
+                        break
+        finally:
+            for step in set(steps):
+                step.detach()
         return self.history
+
+    def _run_epoch(self, steps: Sequence[Step], sums: Sums, keeper: Keeper, interrupts: Interrupts, bar: Bar) -> None:
+        """Run every step; where one is cut short, or a value is not finite, go back to the last good epoch."""
+        begun = self.step
+        for i, step in enumerate(steps):
+            try:
+                step.run()
+            except BaseException:  # its launches may have run in part
+                self._go_back(keeper, begun)
+                raise
+            self.step += 1
+            if interrupts.pending:
+                if int(sums.bad_step) or not keeper.finite():
+                    self._go_back(keeper, begun)
+                interrupts.deliver()
+            if bar.shown and bar.due():
+                seen = i * steps[0].rows + step.rows
+                bar.advance(seen, sums.mean_loss(seen))
+        bad = int(sums.bad_step)
+        if bad or not keeper.finite():
+            self._go_back(keeper, begun)
+            raise TrainingDiverged(self.epoch + 1, bad - begun if bad else None)
+        keeper.keep()
+        self.epoch += 1
+
+    def _go_back(self, keeper: Keeper, begun: int) -> None:
+        keeper.restore()
+        self.step = begun
 
     def _steps_for(self, source: Source, sums: Sums, batch_size: int) -> list[Step]:
         """The step of each batch of an epoch: one object per batch size, kept for later fits, fed from this source."""
@@ -185,11 +190,12 @@ class Trainer:
             chosen[rows].attach(source)
         return [chosen[rows] for rows in sizes]
 
-    def _begin_epoch(self, source: Source, steps: Sequence[Step], shuffle: bool) -> None:
+    def _begin_epoch(self, source: Source, steps: Sequence[Step], sums: Sums, shuffle: bool) -> None:
         if shuffle:
             generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
             source.order[...] = self.backend.asarray(generator.permutation(len(source.x)), np.intp)
         self._load(self._table, self.step + 1, np.array([step.rows for step in steps]))
+        sums.clear()
 
     def _new_step(
         self, rows: int, columns: int, target: tuple[int, ...], sums: Sums, table: StepTable, dry: bool = False
@@ -197,18 +203,6 @@ class Trainer:
         return Step(
             self.model, self.objective, self.state, table, sums, self.seed, rows, columns, target, self._space, dry
         )
-
-    def _close_epoch(self, sums: Sums, keeper: Keeper, begun: int) -> None:
-        bad = int(sums.bad_step)
-        if bad or not keeper.finite():
-            self._go_back(keeper, begun)
-            raise TrainingDiverged(self.epoch + 1, bad - begun if bad else None)
-        keeper.keep()
-        self.epoch += 1
-
-    def _go_back(self, keeper: Keeper, begun: int) -> None:
-        keeper.restore()
-        self.step = begun
 
     def _note(self, figures: dict[str, float]) -> None:
         """One more epoch; a figure that an epoch lacks is NaN there."""
@@ -320,6 +314,18 @@ def _optimizer(given: Any) -> Optimizer:
             f"Trainer: optimizer is {type(given).__name__}; expected a name or one such as gb.Adam(lr=1e-3)"
         )
     return given
+
+
+def _check_fit(epochs: Any, batch_size: Any, shuffle: Any, callbacks: Any, stop_below: Any) -> None:
+    _at_least_one("fit", epochs=epochs, batch_size=batch_size)
+    if not isinstance(shuffle, bool | np.bool_):
+        raise TypeError(f"fit: shuffle must be True or False, got {type(shuffle).__name__} {shuffle!r}")
+    if stop_below is not None and (isinstance(stop_below, bool) or not isinstance(stop_below, Real)):
+        raise TypeError(f"fit: stop_below must be a number, got {type(stop_below).__name__} {stop_below!r}")
+    if not isinstance(callbacks, Sequence):
+        raise TypeError(f"fit: callbacks is {type(callbacks).__name__}; expected a list of functions of the trainer")
+    if bad := [c for c in callbacks if not callable(c)]:
+        raise TypeError(f"fit: callback {bad[0]!r} is not callable; expected a function of the trainer")
 
 
 def _at_least_one(where: str, **numbers: Any) -> None:

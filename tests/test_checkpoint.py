@@ -486,3 +486,24 @@ def test_a_file_for_another_architecture_names_the_leaf_and_both_shapes(path):
     save_model(gb.mlp([2, 3]), path)
     with pytest.raises(ValueError, match=r"'0\.weight' has shape \(2, 3\) but the model's is \(2, 4\)"):
         gb.mlp([2, 4]).load_state_dict(load_file(path))
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"m"])
+def test_a_path_that_is_none(bad):
+    for name, use in (("load_model", load_model), ("read_metadata", read_metadata),
+                      ("save_model", lambda path: save_model(gb.mlp([2, 3]), path))):  # fmt: skip
+        message = rf"^{name}: path is {type(bad).__name__}; expected the name of a file, such as 'm\.safetensors'$"
+        with pytest.raises(TypeError, match=message):
+            use(bad)
+
+
+def test_a_name_of_an_open_file_is_refused(path):
+    if not os.path.islink("/dev/stdout"):
+        pytest.skip("no /dev/stdout here")
+    path.write_bytes(b"mine")
+    message = r"stands for the open file .*; name a file of its own$"
+    with open(path, "rb") as file, pytest.raises(FileExistsError, match=message):
+        write_file(f"/dev/fd/{file.fileno()}", b"new")
+    with pytest.raises(FileExistsError, match=r"^/dev/stdout: stands for the open file"):
+        check_writable("/dev/stdout")
+    assert path.read_bytes() == b"mine"

@@ -41,6 +41,10 @@ def fails(*arguments, status=2):
     return line.removeprefix("gpubackprop: ")
 
 
+def load_classes(path):
+    return read_metadata(path)["extra"]["classes"]
+
+
 def line_of(output, label):
     [line] = [line for line in output.splitlines() if line.startswith(label)]
     return line
@@ -243,6 +247,138 @@ def test_models_of_the_library_are_evaluated_and_predicted(folder, rng):
     assert np.corrcoef(np.load("r.npy"), x[:, 0])[0, 1] > 0.9
 
 
+def test_models_of_unknown_loss_predict_raw_numbers_or_probabilities(folder, rng):
+    x = rng.normal(size=(5, 3)).astype("float32")
+    np.savez("data.npz", x=x, y=np.arange(5) % 2)
+    for outputs in (1, 2):
+        model = gb.mlp([3, outputs]).initialize(0)
+        model.output_kind = None  # as after training with a function as the loss
+        save_model(model, f"m{outputs}")
+        run("predict", f"m{outputs}", "data.npz", "--out", f"p{outputs}.npz")
+        message = (
+            "trained with a loss of its own or not at all, but to evaluate or explain it takes a named loss; train"
+        )
+        assert message in fails("evaluate", f"m{outputs}", "data.npz") and message in fails("explain", f"m{outputs}")
+    with np.load("p1.npz") as one, np.load("p2.npz") as two:
+        assert list(one) == ["prediction"]
+        np.testing.assert_array_equal(one["prediction"], load_model("m1").predict(x).ravel())
+        np.testing.assert_array_equal(two["probability"], load_model("m2").predict_proba(x))
+
+
+def test_predict_ignores_the_target(folder):
+    write_flowers(folder / "f.csv", n=30)
+    run("train", "f.csv", "--target", "species", "--epochs", 1, "--out", "m", "--quiet")
+    x = [[1e-3, 5000], [0, 5400]]
+    (folder / "new.csv").write_text("length,price,species\n0.001,5000,\n0,5400,oak\n")
+    np.savez("new.npz", x=x, y=np.array([None, "oak"], object))
+    for name in ("new.csv", "new.npz"):
+        assert run("predict", "m", name, "--out", "p.npy", "--force").endswith("2 predictions\n")
+        assert np.load("p.npy").tolist() == [load_classes("m")[i] for i in load_model("m").predict_classes(x)]
+    assert "is missing" in fails("evaluate", "m", "new.csv") and "new.npz" in fails("evaluate", "m", "new.npz")
+
+
+def test_integers_in_many_classes_are_doubted_on_stderr(folder):
+    (folder / "n.csv").write_text("a,price\n" + "".join(f"{i},{1000 + i // 3}\n" for i in range(90)))
+    options = ["train", "n.csv", "--target", "price", "--epochs", 1]
+    line = ("gpubackprop: warning: the target's integers are taken as 30 classes of 90 rows; if they are amounts, "
+            "use --task regression\n")  # fmt: skip
+    assert CliRunner().invoke(cli.main, list(map(str, options))).stderr == line
+    for more in ("--quiet", "--task=regression", "--task=classification"):
+        assert "warning" not in run(*options, more)
+    np.savez("few.npz", x=np.ones((30, 1)), y=np.arange(30) % 15)
+    assert "warning" not in run("train", "few.npz", "--epochs", 1)
+
+
+# ---- what is printed, and what if it cannot be ---------------------------------------------------------------------
+
+
+def test_json_on_stdout_has_the_lines_on_stderr(folder):
+    result = CliRunner().invoke(cli.main, ["train", "digits", "--epochs", "1", "--out", "m", "--json", "-"])
+    assert json.loads(result.stdout)["out"] == "m" and line_of(result.stderr, "saved") and result.exit_code == 0
+    result = CliRunner().invoke(cli.main, ["evaluate", "m", "digits", "--json", "-"])
+    assert json.loads(result.stdout)["rows"] == 359 and result.stderr.startswith("held out")
+    assert json.loads(run("train", "digits", "--epochs", 1, "--quiet", "--json", "-"))["train_rows"] == 1438
+    assert sorted(path.name for path in folder.iterdir()) == ["m"]
+
+
+def test_json_has_null_for_what_is_no_number(folder, monkeypatch):
+    monkeypatch.setattr(runs, "figures", lambda *_: {"loss": 0.5, "r2": float("nan")})
+    assert line_of(run("train", "regression7", "--epochs", 1, "--json", "m.json"), "held out").endswith("r2 nan")
+    text = (folder / "m.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["held_out"] == {"loss": 0.5, "r2": None}
+
+
+def test_json_replaces_no_file_without_force(folder):
+    run("train", "digits", "--epochs", 1, "--out", "m", "--quiet")
+    (folder / "j").write_text("mine")
+    for command in (["train", "digits", "--epochs", 1], ["evaluate", "m", "digits"]):
+        assert fails(*command, "--json", "j") == "j: exists; use --force to replace it, or another name"
+        assert (folder / "j").read_text() == "mine"
+    for command in (["train", "digits", "--epochs", 1], ["evaluate", "m", "digits"]):
+        run(*command, "--json", "j", "--force")
+        assert json.loads((folder / "j").read_text())["data"] == "digits"
+
+
+def launch(*arguments, **options):
+    """A finished process of the command."""
+    command = [sys.executable, "-W", "error", "-m", "gpubackprop", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **{"env": environment()} | options)
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | more
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1", "so.txt"])
+def test_the_file_that_stdout_goes_to_is_not_replaced(name, folder):
+    if name.startswith("/") and not os.path.exists(name):
+        pytest.skip(f"no {name} here")
+    with open("so.txt", "w") as file:
+        done = launch("train", "digits", "--epochs", 1, "--json", name, "--force", stdout=file)
+    assert done.returncode == 2 and re.fullmatch(rf"gpubackprop: {name}: (stands|is) .*\n", done.stderr)
+    assert (folder / "so.txt").read_text() == "" and len(list(folder.iterdir())) == 1
+
+
+@pytest.fixture(params=["full", "broken"])
+def deaf(request):
+    """A stdout that takes nothing."""
+    if request.param == "broken":
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as file:
+            yield file
+    elif not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    else:
+        with open("/dev/full", "w") as file:
+            yield file
+
+
+def test_a_stdout_that_takes_nothing_costs_no_work(deaf, folder):
+    error = "" if deaf.name != "/dev/full" else "gpubackprop: stdout: cannot be written (No space left on device)\n"
+    done = launch("train", "digits", "--epochs", 2, "--out", "m", "--json", "j", stdout=deaf)
+    assert (done.returncode, done.stderr) == (1, error)
+    assert read_metadata("m")["extra"]["epochs"] == 2 and json.loads((folder / "j").read_text())["held_out"]
+    for command in (["evaluate", "m", "digits", "--json", "e"], ["predict", "m", "digits", "--out", "p.csv"]):
+        done = launch(*command, stdout=deaf)
+        assert (done.returncode, done.stderr) == (1, error) and (folder / command[-1]).stat().st_size
+    for command in ("explain", "kernels", "info", "--version", "--help"):
+        done = launch(command, stdout=deaf)
+        assert (done.returncode, done.stderr) == (1, error), command
+
+
+def test_what_stdout_cannot_encode_is_replaced():
+    options = {"stdout": subprocess.PIPE, "encoding": "cp1252"}
+    done = launch("explain", env=environment(PYTHONIOENCODING="cp1252"), **options)
+    assert (done.returncode, done.stderr) == (0, "") and "32×64" in done.stdout and "?" in done.stdout
+
+
+def test_a_closed_stdout_is_no_error(folder):
+    command = '"$0" -m gpubackprop train digits --epochs 1 --out m >&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable], env=environment(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and (folder / "m").exists()
+
+
 # ---- explain, kernels, info ----------------------------------------------------------------------------------------
 
 
@@ -257,7 +393,7 @@ def test_explain_prints_the_plan_and_trains_nothing(folder):
     assert fails("explain", "m", "--sizes", "2,2").startswith("explain: got a MODEL and --sizes")
     assert fails("explain", "--sizes", "2,x") == (
         "--sizes: got '2,x', expected positive integers between commas, such as 128,64")  # fmt: skip
-    assert fails("explain", "--sizes", "2").startswith("mlp: at least the input and output size")
+    assert fails("explain", "--sizes", "2").startswith("mlp: ")
 
 
 def test_kernels():
@@ -305,7 +441,7 @@ def test_bad_data_is_one_line(folder):
     (["--batch-size", 0], "batch_size must be at least 1"),
     (["--lr", 0], "lr must be > 0"),
     (["--lr", "nan"], "lr must be > 0"),
-    (["--dropout", 1], "rate 1.0 is not in [0, 1)"),
+    (["--dropout", 1], "1.0 is not in [0, 1)"),
     (["--test", 0], "test is 0.0, expected a fraction between 0 and 1"),
     (["--test", 1.5], "test is 1.5"),
     (["--hidden", "0"], "--hidden: got '0', expected positive integers between commas"),
@@ -318,6 +454,7 @@ def test_bad_data_is_one_line(folder):
 ])  # fmt: skip
 def test_bad_settings_end_before_training(options, message, folder):
     assert message in fails("train", "digits", *options)
+    assert run("train", "digits", *options, status=2).count("\n") == 1  # nothing else is printed
     assert list(folder.iterdir()) == []
 
 
@@ -365,7 +502,7 @@ def test_bad_models_are_one_line(folder):
     (folder / "n.csv").write_text("a,b\n1,2\n")
     assert "has no target to compare with" in fails("evaluate", "m", "n.csv")
     save_model(gb.mlp([64, 10]), "raw")
-    assert "the model was saved before any training" in fails("evaluate", "raw", "digits")
+    assert "the model was trained with a loss of its own or not at all" in fails("evaluate", "raw", "digits")
     assert not (folder / "p.csv").exists()
 
 
@@ -462,8 +599,7 @@ def test_interrupted_elsewhere(monkeypatch):
 
 def start(*arguments):
     command = [sys.executable, "-W", "error", "-m", "gpubackprop", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
 
 
 def test_sigint_ends_a_process_with_130(folder):

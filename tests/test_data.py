@@ -89,6 +89,33 @@ def test_frames_may_mix_numbers_and_bools():
         as_features(Frame(np.array([[1, "2"]], object)), "float32")
 
 
+class NAType:
+    """As pandas.NA: neither true nor false."""
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+    def __eq__(self, other):
+        return self
+
+    __hash__ = None
+
+    def __str__(self):
+        return "<NA>"
+
+
+@pytest.mark.parametrize("missing", [None, NAType()], ids=str)
+def test_missing_values_of_nullable_frames_are_named(missing):
+    x = np.array([[1, 2.0], [3, 4.0], [5, missing]], object)
+    for rows in (Frame(x), x, x.tolist()):
+        message = rf"^fit: x has a missing value \({missing}\) at row 2, column 1; remove or fill such rows$"
+        with pytest.raises(ValueError, match=message):
+            as_features(rows, "float32")
+    for check in (as_labels, lambda y, n: as_targets(y, "float32", 1)):
+        with pytest.raises(ValueError, match=rf"^fit: y has a missing value \({missing}\) at row 2; "):
+            check(Frame(x[:, 1]), 2)
+
+
 def test_unaligned_features_are_aligned():
     x = np.zeros(33, np.uint8)[1:].view(np.float64).reshape(2, 2)
     assert not x.flags.aligned
@@ -99,7 +126,6 @@ def test_unaligned_features_are_aligned():
     ("x", "message"),
     [
         (np.array([[1, "a"]], object), r"^fit: x has dtype object, expected numbers; .*x\.astype\(float\)$"),
-        ([[1, None]], "^fit: x has dtype object"),
         ([["a", "b"]], "^fit: x has dtype <U1, expected numbers; encode text as numbers"),
         (
             np.array([[1j]]),
@@ -371,6 +397,9 @@ def test_split_keeps_the_type_and_the_dtype():
         ({"test": NAN}, "^split: test is nan"),
         ({"test": True}, "^split: test is True"),
         ({"test": "0.2"}, "^split: test is '0.2'"),
+        ({"seed": -1}, "^split: seed must be at least 0, got -1$"),
+        ({"seed": 1.0}, r"^split: seed must be an integer or None, got float 1\.0$"),
+        ({"seed": True}, "^split: seed must be an integer or None, got bool True$"),
         ({"y": np.ones(9)}, "^split: x has 10 rows but y has 9; pass one row of each per sample$"),
         ({"stratify": np.ones(10)}, "^split: stratify is of type ndarray, expected True, False or None"),
         ({"y": np.ones(10), "stratify": True}, r"^split: y has shape \(10,\), dtype float64, expected"),

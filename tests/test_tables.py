@@ -89,6 +89,23 @@ def test_dialects(csv, content):
     assert table.columns == ["a", "b"] and table.x.tolist() == [[1, 2], [3, 4]] and table.classes == ["u", "v"]
 
 
+def test_true_and_false_are_one_and_zero(csv):
+    table = read_table(csv("a,b,y\nTrue,TRUE,u\nFalse, false ,v\n"), "y")
+    assert table.x.tolist() == [[1, 1], [0, 0]]
+
+
+def test_without_labels_the_target_is_not_looked_at(csv, npz):
+    path = csv("a,b,y\n1,2,\n3,4,oak\n")
+    table = read_table(path, columns=["a", "b"], labelled=False)
+    assert table.x.tolist() == [[1, 2], [3, 4]] and table.y is table.task is table.classes is None
+    table = read_table(npz(x=[[1], [2]], y=np.array([None, "oak", 3], object)), labelled=False)
+    assert table.x.tolist() == [[1], [2]] and table.y is None
+    with pytest.raises(ValueError, match="column 'y' is missing"):
+        read_table(path, labelled=False)  # not known to be a target
+    with pytest.raises(ValueError, match=r"'u', expected a finite number; encode it or remove the column$"):
+        read_table(csv("a,y\n1,u\n2,v\n"), labelled=False)
+
+
 def test_quoted_fields_keep_delimiters_and_quotes(csv):
     table = read_table(csv('"a;b,c","y"\n1,"u, ""v"""\n2,w\n'), "y")
     assert table.columns == ["a;b,c"] and table.classes == ['u, "v"', "w"]
@@ -208,8 +225,8 @@ def test_unknown_task(csv):
         ("a,a\n1,2\n", {}, "columns share the name a, expected distinct names; rename them$"),
         (",a\n0,1\n", {}, "column 1 has no name, expected one in the header; name or remove it$"),
         ("5.1,3.5\n4.9,3\n", {}, r"the first line is 5\.1, 3\.5, expected column names; add a header row$"),
-        ("a,b\n1,2\n\n3\n", {}, "line 4 has 1 fields, expected 2 as in the header$"),
-        ("a,b\n1,2,3\n", {}, "line 2 has 3 fields, expected 2"),
+        ("a,b\n1,2\n\n3\n", {}, "line 4 has 1 fields, expected 2 as in the header; add what it lacks or remove"),
+        ("a,b\n1,2,3\n", {}, "line 2 has 3 fields, expected 2 .*; quote a field that holds the delimiter or remove"),
         ('a,b\n1,2\n3,"4\n5,6\n', {}, r"line 3 cannot be read \(unexpected end of data\); check its quotes$"),
         (b"a,b\n\xff\xfe,2\n", {}, r"is not UTF-8 text \(invalid start byte\); convert it to UTF-8$"),
         ("a,b\n1,2\n".encode("utf-16"), {}, "is not UTF-8 text"),
@@ -218,6 +235,9 @@ def test_unknown_task(csv):
         ("y\nu\nv\n", {"target": "y"}, "has no column but the target 'y', expected features; add some$"),
         ("a,b\n1,2\n3,4x\n", {}, "line 3, column 'b' has '4x', expected a finite number; fix it, remove"),
         ("a,b\n1,2\n\n3,4x\n", {}, "line 4, column 'b' has '4x'"),
+        ("a,b,y\n1,u,2\n2,v,3\n", {"target": "y"}, "line 2, column 'b' has 'u', .*; encode it or remove the column$"),
+        ("a,b,y\n1,2,2\n2,v,3\n", {"target": "y"}, "line 3, column 'b' has 'v', .*; fix it or remove the column$"),
+        ("a\nTrue\n1\n", {}, "line 2, column 'a' has 'True', expected a finite number"),
         ('a,n,b\n1,"2",3\n1,2,"x\ny"\n1,2,y', {}, r"line 3, column 'b' has 'x\\ny'"),
         ("a\n1\n1_000\n", {}, "line 3, column 'a' has '1_000', expected a finite number"),
         ("a\n1\ninf\n", {}, "line 3, column 'a' has 'inf', expected a finite number"),
