@@ -462,3 +462,17 @@ def test_seed_34_custom_starts():
         gb.Dense(2, 3, init="glorot").initialize(0)
     with pytest.raises(ValueError, match=r"initializer of weight: returned shape \(3, 2\), expected \(2, 3\)"):
         gb.Dense(2, 3, init=lambda shape, generator: given.T.copy()).initialize(0)
+
+
+# ---- row 11: two passes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [1, 15, 1260])
+def test_seed_11_a_step_is_one_forward_and_one_backward_whatever_the_size(hidden):
+    """10 to 10^6 parameters: a product a layer forward, two a layer backward (but for the first layer's dx)."""
+    plan = gb.Trainer(gb.mlp([784, hidden, 10]), seed=0).plan(8)
+    products = [launch for launch in plan.launches if launch.name == "gemm"]
+    assert [launch.layer for launch in products] == ["0", "1", "1", "1", "0"]
+    forward, backward = (sum(launch.flops for launch in part) for part in (products[:2], products[2:]))
+    assert forward == 2 * 8 * (784 * hidden + hidden * 10) and forward < backward <= 2 * forward
+    assert len(plan.launches) == len(gb.Trainer(gb.mlp([2, 1, 2]), seed=0).plan(3).launches)
