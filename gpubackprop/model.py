@@ -177,6 +177,8 @@ class Layer:
         self._draw(0, undrawn)
         for path, layer in self.named_layers():
             layer._path = path
+            if layer is not self:
+                layer._arenas = None  # what they held has moved
         for _, layer in self.named_layers():
             layer._bound = True  # last, because other threads go by it
         return arenas
@@ -201,9 +203,10 @@ class Layer:
 
     def homes(self) -> tuple[Arena, ...]:
         """The arenas that hold the parameters: this model's, or those of a model it is a part of."""
-        if not self._bound:
-            self._own()
-        return tuple(dict.fromkeys(p.home for p in self.named_parameters().values() if p.home is not None))
+        homes = dict.fromkeys(p.home for p in self.named_parameters().values())
+        if not self._bound or None in homes:  # no value yet, or the model it was a part of is gone
+            homes = dict.fromkeys(self._own())
+        return tuple(h for h in homes if h is not None)
 
     @property
     def backend(self) -> Backend:

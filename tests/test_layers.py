@@ -877,3 +877,15 @@ def test_a_dropped_model_is_freed_without_the_collector():
 def test_faulty_arguments_are_refused_where_they_are_given(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_a_part_outlives_the_model_it_was_trained_in():
+    part, x = gb.Dense(4, 3), np.ones((2, 4))
+    whole = gb.Sequential(part, gb.Dense(3, 2)).initialize(1)
+    expected = part(x).numpy()
+    old = weakref.ref(whole.arena)
+    del whole
+    gc.collect()
+    assert old() is None
+    np.testing.assert_array_equal(part(x).numpy(), expected)
+    np.testing.assert_allclose(part.predict(x), expected, rtol=1e-6)
