@@ -99,6 +99,10 @@ class Trainer:
         vars(self).update(kept)
         self._prepare(device, moments)
 
+    def __repr__(self) -> str:
+        about = f"{self.objective.name}, {self.optimizer}, {self.backend.device}, seed {self.seed}"
+        return f"Trainer({about}, {self.epoch} epochs done, {self.model.parameter_count:,} parameters)"
+
     # ---- training
 
     def fit(
@@ -114,6 +118,8 @@ class Trainer:
         terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
         """
         _check_fit(epochs, batch_size, shuffle, callbacks, stop_below)
+        if self.optimizer is not self.state.optimizer:  # another one was assigned: it starts with fresh moments
+            self._prepare(self.model.backend.device)
         if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
             self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")

@@ -1129,3 +1129,19 @@ def test_a_learning_rate_beyond_float32_is_reported_as_divergence(rng):
     x, y = classes(rng)
     with pytest.raises(gb.TrainingDiverged):
         gb.Trainer(gb.mlp([x.shape[1], 3]), optimizer=gb.Adam(lr=1e300), seed=0).fit(x, y, epochs=2)
+
+
+def test_an_optimizer_assigned_later_is_used_with_fresh_moments(rng):
+    x, y = classes(rng)
+    one, other = (gb.Trainer(gb.mlp([x.shape[1], 3]), optimizer=gb.Adam(), seed=0) for _ in range(2))
+    for t in (one, other):
+        t.fit(x, y, epochs=1)
+    one.optimizer = gb.SGD(lr=0.1)
+    fresh = gb.Trainer(other.model, optimizer=gb.SGD(lr=0.1), seed=0)
+    fresh.epoch = 1  # which keys the order of the rows
+    for t in (one, fresh):
+        t.fit(x, y, epochs=1)
+    np.testing.assert_array_equal(one.predict(x), fresh.predict(x))
+    assert repr(one).startswith(
+        "Trainer(cross_entropy, SGD(lr=0.1, momentum=0.0, nesterov=None), cpu, seed 0, 2 epochs"
+    )
