@@ -43,6 +43,11 @@ class Parameter(Tensor):
         return self._shape
 
     @property
+    def stepped(self) -> bool:
+        """Whether training steps it: trainable, and not frozen by requires_grad=False."""
+        return self.trainable and self.requires_grad
+
+    @property
     def home(self) -> "Arena | None":
         """The arena that holds the data, while a model keeps it: a weak reference, so that no cycle holds memory."""
         return None if self._home is None else self._home()

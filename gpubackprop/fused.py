@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ def _class_target(logits: Tensor, target: Any) -> Buffer:
         if target.requires_grad:
             raise ValueError("softmax_cross_entropy: the target requires a gradient; detach() it")
         t = target.data
-        if t.dtype != np.intp and t.dtype != logits.dtype:
+        if t.dtype != np.intp and (t.dtype != logits.dtype or t.ndim == 1):
             raise TypeError(f"softmax_cross_entropy: target of dtype {t.dtype} with logits of {logits.dtype}")
     else:
         array = np.asarray(target)
@@ -261,6 +261,9 @@ def _normalize(
     def backprop(dy: Buffer, grads: Gradients) -> None:
         slots = [grads.slot(t) if t.requires_grad else (None, False) for t in (x, gain, bias)]
         (dx, a), (dgain, b), (dbias, c) = slots
+        for out, adds in ((dgain, b), (dbias, c)):
+            if out is not None and not adds and not x.size:  # sums over no rows
+                run(out, partial(back.fill, out, 0.0))
         run(dy, lambda: back.normalize_backward(dy, xhat, gain.data, rstd, axis, dx, dgain, dbias, (a, b, c)))
 
     return result(y, (x, gain, bias), backprop), mean, variance

@@ -164,7 +164,8 @@ class Layer:
 
     def to(self, device: str) -> "Layer":
         """Move the parameters, with their values, to the device; what was recorded before is recorded anew."""
-        self._lay_out(device)
+        if self.arena.backend is not get_backend(device):
+            self._lay_out(device)
         return self
 
     def _lay_out(self, device: str) -> tuple[Arena, Arena]:
@@ -172,7 +173,7 @@ class Layer:
         as_dtype(self.dtype, type(self).__name__)
         named, backend = self.named_parameters(), get_backend(device)
         undrawn = [k for k, p in named.items() if p.host_value() is None]
-        trained, others = ({k: p for k, p in named.items() if p.trainable is t} for t in (True, False))
+        trained, others = ({k: p for k, p in named.items() if p.stepped is t} for t in (True, False))
         self._arenas = arenas = Arena(trained, backend, self.dtype), Arena(others, backend, self.dtype)
         self._draw(0, undrawn)
         for path, layer in self.named_layers():
@@ -186,10 +187,14 @@ class Layer:
     def _own(self) -> tuple[Arena, Arena]:
         """This layer's arenas, with all its parameters: laid out anew if another model or a change took some away."""
         with _laying_out:
-            homes = [p.home for p in self.named_parameters().values()]
-            if self._arenas is None or any(h is not self._arenas[0] and h is not self._arenas[1] for h in homes):
-                return self._lay_out(next((h.backend.device for h in homes if h is not None), "cpu"))
-            return self._arenas
+            own, arenas = self.named_parameters().values(), self._arenas
+            if (
+                arenas is None
+                or any(p.home is not arenas[0 if p.stepped else 1] for p in own)
+                or sum(len(a.parameters) for a in arenas) != len(own)
+            ):
+                return self._lay_out(next((p.home.backend.device for p in own if p.home is not None), "cpu"))
+            return arenas
 
     @property
     def arena(self) -> Arena:
@@ -275,7 +280,7 @@ class Layer:
     def _as_input(self, x: Any) -> Tensor:
         homes = self.homes()
         rows = as_features(x, homes[0].dtype if homes else self.dtype, self.inputs, self._path or type(self).__name__)
-        return Tensor(self.backend.asarray(rows), self.backend)
+        return Tensor(self.backend.asarray(np.array(rows)), self.backend)  # the caller may write over x
 
     def predict(self, x: Any) -> npt.NDArray[Any]:
         """The raw output for every row of x (logits, for a classifier), without training behaviour."""

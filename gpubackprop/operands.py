@@ -20,7 +20,7 @@ def constant(value: Any, like: Tensor) -> Tensor:
     """The value as a tensor beside `like`: Python numbers and integers take its dtype, floats must have it."""
     if isinstance(value, Tensor):
         return value
-    array = np.asarray(value)
+    array = np.array(value)  # a copy: the caller may write over it before backward reads it
     adapts = isinstance(value, int | float) or array.dtype.kind in "iub"
     if not adapts and array.dtype not in FLOATS:
         raise TypeError(

@@ -157,7 +157,8 @@ class State:
         arena = self.arena
         for m, values in moments.items():
             for key in values.keys() & arena.parameters.keys():
-                arena.slice(self.moments[m], key)[...] = arena.backend.asarray(values[key], arena.dtype)
+                if values[key].shape == arena.parameters[key].shape:
+                    arena.slice(self.moments[m], key)[...] = arena.backend.asarray(values[key], arena.dtype)
 
 
 _NUMPY: dict[str, Any] = {

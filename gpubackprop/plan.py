@@ -95,6 +95,7 @@ class Plan:
                 yield self
         finally:
             _current.reset(token)
+            self._section = []
         self.sections[section] = launches  # a section cut short by an error is not kept
 
     def discard(self, section: str) -> None:

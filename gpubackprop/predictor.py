@@ -39,7 +39,7 @@ class Predictor:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # a plan's buffers serve one call at a time
-        self._homes: tuple[Arena, ...] | None = None
+        self._recorded: tuple[tuple[Arena, ...], list[int]] | None = None
         self._forwards: dict[tuple[int, int], _Forward] = {}
 
     def __call__(self, model: "Layer", x: Any) -> npt.NDArray[Any]:
@@ -47,8 +47,9 @@ class Predictor:
         homes = model.homes()
         rows = as_features(x, homes[0].dtype if homes else model.dtype, model.inputs, "predict")
         with self.lock:
-            if homes != self._homes:  # what was recorded reads other arenas
-                self._homes, self._forwards = homes, {}
+            recorded = (homes, [id(layer) for _, layer in model.named_layers()])
+            if recorded != self._recorded:  # other arenas or other layers
+                self._recorded, self._forwards = recorded, {}
             return self._predict(model, rows)
 
     def _predict(self, model: "Layer", rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -146,6 +146,8 @@ class Tensor:
             if dy.size != 1 or self.size != 1:
                 raise ValueError(f"backward: gradient has shape {dy.shape} but the tensor has shape {self.shape}")
             dy = Tensor(dy.data.reshape(self.shape), self.backend)
+        if dy.dtype != self.dtype:
+            raise TypeError(f"backward: gradient is {dy.dtype} but the tensor {self.dtype}; convert one of them")
         backward(self, dy.data)
 
     # ---- operators

@@ -63,7 +63,7 @@ class Trainer:
             )
         self.model = model
         self.objective = objective(loss)
-        self.optimizer = _optimizer(optimizer)
+        self._optimizer = _optimizer(optimizer)
         if isinstance(metrics, str):
             raise TypeError(f"Trainer: metrics must be a list of names, got {metrics!r}; use metrics=[{metrics!r}]")
         self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
@@ -81,16 +81,17 @@ class Trainer:
         self.backend = get_backend(device)
         if self.model.arena.backend is not self.backend:
             self.model.to(self.backend.device)
-        self.state = State(self.optimizer, self.model.arena)
+        self.state = State(self._optimizer, self.model.arena)
         self.state.load(moments or {})
         self._space = Workspace()
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
         self._table = self._new_table()
         self._keeper: Keeper | None = None
+        self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:
-        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper"}
+        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
         return kept | {"device": self.backend.device, "moments": self.state.host()}
 
@@ -98,6 +99,11 @@ class Trainer:
         device, moments = kept.pop("device"), kept.pop("moments")
         vars(self).update(kept)
         self._prepare(device, moments)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The rule that steps the weights; another one takes another Trainer, with moments of its own."""
+        return self._optimizer
 
     def __repr__(self) -> str:
         about = f"{self.objective.name}, {self.optimizer}, {self.backend.device}, seed {self.seed}"
@@ -118,8 +124,8 @@ class Trainer:
         terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
         """
         _check_fit(epochs, batch_size, shuffle, callbacks, stop_below)
-        if self.optimizer is not self.state.optimizer:  # another one was assigned: it starts with fresh moments
-            self._prepare(self.model.backend.device)
+        if self._fitting:
+            raise RuntimeError("fit: this trainer is training already; a callback cannot call fit")
         if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
             self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")
@@ -133,6 +139,7 @@ class Trainer:
         steps = self._steps_for(source, sums, batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
+        self._fitting = True
         try:
             with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
                 for _ in range(epochs):
@@ -144,10 +151,13 @@ class Trainer:
                     self._note(figures)
                     bar.epoch(figures)
                     stops = [isinstance(r := c(self), bool | np.bool_) and bool(r) for c in callbacks]
+                    if self.model.arena is not self.state.arena:
+                        raise RuntimeError("fit: a callback moved the model's parameters; do it between fits")
                     loss = figures["loss" if held_out is None else "val_loss"]
                     if any(stops) or (stop_below is not None and loss < stop_below):
                         break
         finally:
+            self._fitting = False
             for step in set(steps):
                 step.detach()
         return self.history

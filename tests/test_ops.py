@@ -783,3 +783,18 @@ def test_gradcheck_is_relative_to_the_gradient_and_shows_true_numbers():
     assert gb.gradcheck(lambda w: (w * w).sum(), [1, 2, 3]) <= 1e-8  # a list of numbers is one array
     with pytest.raises(TypeError, match="gradcheck: the function returned float, expected a tensor"):
         gb.gradcheck(lambda w: 3.0, np.ones(3))
+
+
+def test_operands_are_copies_so_that_a_buffer_may_be_used_again():
+    w, a = gb.tensor([1.0, 2.0], requires_grad=True), np.array([3.0, 4.0])
+    y = (w * a).sum()
+    a[:] = 0
+    y.backward()
+    assert w.grad.numpy().tolist() == [3, 4]
+
+
+def test_norms_of_no_rows_have_gradients_of_zero():
+    x = gb.tensor(np.zeros((0, 3)), requires_grad=True)
+    gain, bias = (gb.tensor(np.ones(3), requires_grad=True) for _ in range(2))
+    gb.layer_norm(x, gain, bias).sum().backward()
+    assert gain.grad.numpy().tolist() == bias.grad.numpy().tolist() == [0, 0, 0]

@@ -1,10 +1,12 @@
 """The Trainer: what fit, evaluate and predict promise, on good data and on bad."""
 
 import copy
+import gc
 import pickle
 import signal
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -1131,17 +1133,58 @@ def test_a_learning_rate_beyond_float32_is_reported_as_divergence(rng):
         gb.Trainer(gb.mlp([x.shape[1], 3]), optimizer=gb.Adam(lr=1e300), seed=0).fit(x, y, epochs=2)
 
 
-def test_an_optimizer_assigned_later_is_used_with_fresh_moments(rng):
+def test_the_optimizer_is_fixed_and_the_trainer_says_what_it_is():
+    trainer = gb.Trainer(gb.mlp([2, 3]), optimizer=gb.SGD(lr=0.1), seed=0)
+    with pytest.raises(AttributeError):
+        trainer.optimizer = gb.Adam()
+    assert repr(trainer).startswith("Trainer(cross_entropy, SGD(lr=0.1, momentum=0.0, nesterov=None), cpu, seed 0")
+
+
+def test_a_frozen_parameter_does_not_move(rng):
     x, y = classes(rng)
-    one, other = (gb.Trainer(gb.mlp([x.shape[1], 3]), optimizer=gb.Adam(), seed=0) for _ in range(2))
-    for t in (one, other):
-        t.fit(x, y, epochs=1)
-    one.optimizer = gb.SGD(lr=0.1)
-    fresh = gb.Trainer(other.model, optimizer=gb.SGD(lr=0.1), seed=0)
-    fresh.epoch = 1  # which keys the order of the rows
-    for t in (one, fresh):
-        t.fit(x, y, epochs=1)
-    np.testing.assert_array_equal(one.predict(x), fresh.predict(x))
-    assert repr(one).startswith(
-        "Trainer(cross_entropy, SGD(lr=0.1, momentum=0.0, nesterov=None), cpu, seed 0, 2 epochs"
-    )
+    model = gb.mlp([x.shape[1], 4, 3])
+    trainer = gb.Trainer(model, optimizer=gb.AdamW(lr=0.1, weight_decay=0.5), seed=0)
+    trainer.fit(x, y, epochs=2)
+    weight = model.named_parameters()["0.weight"]
+    weight.requires_grad, kept = False, weight.numpy()
+    trainer.fit(x, y, epochs=2)
+    np.testing.assert_array_equal(weight.numpy(), kept)
+    weight.requires_grad = True
+    trainer.fit(x, y, epochs=1)
+    assert (weight.numpy() != kept).any()
+
+
+def test_a_layer_taken_out_is_out(rng):
+    x, y = classes(rng)
+    model = gb.mlp([x.shape[1], 4, 4, 3])
+    trainer = gb.Trainer(model, seed=0)
+    trainer.fit(x, y, epochs=1)
+    model.predict(x)
+    model.layers = (model.layers[0], model.layers[2])
+    np.testing.assert_allclose(model.predict(x), model(x).numpy(), rtol=1e-5, atol=1e-6)
+    history = trainer.fit(x, y, epochs=1)
+    assert np.isfinite(history["loss"]).all() and len(model.arena.parameters) == 4
+
+
+@pytest.mark.parametrize("act, message", [
+    (lambda t: gb.Sequential(t.model, gb.Activation("tanh")).arena, "a callback moved the model's parameters"),
+    (lambda t: t.fit(np.ones((4, 4)), [0, 1, 2, 0]), "a callback cannot call fit"),
+])  # fmt: skip
+def test_callbacks_may_not_pull_the_rug(act, message, rng):
+    x, y = classes(rng)
+    trainer = gb.Trainer(gb.mlp([x.shape[1], 3]), seed=0)
+    with pytest.raises(RuntimeError, match=message):
+        trainer.fit(x, y, epochs=2, callbacks=[act])
+    trainer.fit(x, y, epochs=1, callbacks=[lambda t: t.model.to("cpu") and None])
+
+
+def test_a_trainer_lets_go_of_the_data(rng):
+    x, y = classes(rng)
+    trainer = gb.Trainer(gb.mlp([x.shape[1], 3]), seed=0)
+    for _ in range(3):
+        data = x.astype(np.float32)
+        gone = weakref.ref(data)
+        trainer.fit(data, y, epochs=1)
+        del data
+        gc.collect()
+        assert gone() is None
