@@ -79,8 +79,7 @@ class Step:
 
     def __post_init__(self) -> None:
         self.backend = backend = self.model.arena.backend
-        labels = self.objective.classes and not self.target_shape
-        dtype = np.int64 if labels or (self.objective.own and not self.target_shape) else self.model.dtype
+        dtype = np.int64 if self.target_shape == () else self.model.dtype
         self.x = backend.empty((self.rows, self.columns), self.model.dtype)
         self.target = backend.empty((self.rows, *self.target_shape), dtype)
         self.root = backend.empty((), self.model.dtype)
@@ -98,7 +97,6 @@ class Step:
 
     def _first(self, source: Source) -> None:
         plan, table = self.plan, self.table
-        plan.discard("feed")
         with plan.record("feed"):
             run(self.x, lambda: self.backend.feed(source.x, source.order, table, self.x))
             run(self.target, lambda: self.backend.feed(source.y, source.order, table, self.target))

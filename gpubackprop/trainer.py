@@ -132,10 +132,10 @@ class Trainer:
         held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
         epochs, batch_size, callbacks = int(epochs), min(int(batch_size), len(x)), list(callbacks)
         for rows in {batch_size, len(x) % batch_size or batch_size}:
-            self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
+            outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
         self.model.output_kind = self.objective.head
         source = Source(*(self.backend.asarray(a) for a in (x, y, np.arange(len(x), dtype=np.intp))))
-        sums = self._sums_of(y, x.shape[1])
+        sums = self._sums_of(y, outputs)
         steps = self._steps_for(source, sums, batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
@@ -293,8 +293,8 @@ class Trainer:
                 self.objective.total(output, Tensor(like, self.backend))
         return output.shape[1]
 
-    def _sums_of(self, y: Array, columns: int) -> Sums:
-        outputs, labels = self._outputs(columns, 2), y.ndim == 1
+    def _sums_of(self, y: Array, outputs: int) -> Sums:
+        labels = y.ndim == 1
         if (outputs, labels) not in self._sums:
             self._sums[outputs, labels] = self._new_sums(y, outputs)
         return self._sums[outputs, labels]
