@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ import numpy as np
 import gpubackprop as gb
 
 from .cases import CASES
+from .cuda import ARCHITECTURES, CompileError
+from .inventory import inventory
+from .ledger import PATH, Ledger, Measured, measured, value_for, violations
 from .measure import interleaved, median_and_spread
 
 
@@ -45,6 +50,63 @@ def run(names: tuple[str, ...], activation: str, repeats: int, path: str | None)
     if path:
         about = circumstances() | {"activation": activation, "repeats": repeats, "cases": figures}
         Path(path).write_text(json.dumps(about, indent=2) + "\n")
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--arch", type=click.Choice(ARCHITECTURES), help="One architecture; else ranges over all.")
+@click.option("--dtype", help="One choice of types, such as float32.")
+@click.option("--update", is_flag=True, help="Compile everything and write the ledger anew (minutes; no GPU needed).")
+def kernels(names: tuple[str, ...], arch: str | None, dtype: str | None, update: bool) -> None:
+    """Print what every kernel compiles to: kernels/ledger.csv."""
+    broken = _update() if update else []
+    try:
+        ledger = Ledger.read(PATH)
+    except FileNotFoundError as error:
+        raise click.ClickException(f"{PATH} is not there; --update writes it") from error
+    click.echo(f"{ledger.tools}; {arch or ', '.join(ARCHITECTURES)}\n")
+    for line in _table(ledger, names, arch, dtype):
+        click.echo(line)
+    if broken:
+        raise click.ClickException("\n".join(["against the rules:", *broken]))
+
+
+def _update() -> list[str]:
+    """Write the ledger; what in it is against the rules."""
+    jobs = [(entry, architecture) for entry in inventory() for architecture in ARCHITECTURES]
+    results: list[Measured] = []
+    with click.progressbar(measured(jobs), len(jobs), "compiling", file=sys.stderr) as progress:
+        try:
+            results.extend(progress)
+        except CompileError as error:
+            raise click.ClickException(str(error)) from error
+    Ledger.of(results).write(PATH)
+    return [what for result in results for what in violations(result)]
+
+
+def _table(ledger: Ledger, names: Collection[str], arch: str | None, dtype: str | None) -> Iterator[str]:
+    """The chosen lines in columns as wide as they need; a heading's words stand one below another."""
+    rows = [
+        [*key, *(value_for(arch, cell) if arch else _range(cell) for cell in line.values())]
+        for key, line in ledger.lines.items()
+        if (not names or key[0] in names) and (not dtype or key[1] == dtype)
+    ]
+    if not rows:
+        raise click.ClickException("no such kernel in the ledger; all: python -m benchmarks kernels")
+    heads = [head.split() for head in ["kernel", "types", *next(iter(ledger.lines.values()))]]
+    upper, lower = [h[0] if len(h) > 1 else "" for h in heads], [h[-1] for h in heads]
+    rows = [upper, lower, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    for row in rows:
+        cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(cells).rstrip()
+
+
+def _range(cell: str) -> str:
+    """`32-48` for `32|40|48`; other values that differ as they are."""
+    values = dict.fromkeys(cell.split("|"))
+    numbers = sorted(map(int, values)) if all(v.isdigit() for v in values) and len(values) > 1 else []
+    return f"{numbers[0]}-{numbers[-1]}" if numbers else "|".join(values)
 
 
 def circumstances() -> dict[str, Any]:

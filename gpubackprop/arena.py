@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer
 from gpubackprop.initializers import resolve
+from gpubackprop.plan import run
 from gpubackprop.tensor import Tensor
 
 __all__ = ["ALIGNMENT", "Arena", "Parameter"]
@@ -23,7 +25,7 @@ class Parameter(Tensor):
     With trainable=False it is state that training does not step (running statistics, a scaler).
     """
 
-    __slots__ = ("_home", "_shape", "init", "settled", "trainable", "value")
+    __slots__ = ("_home", "_shape", "init", "master", "settled", "trainable", "value")
 
     def __init__(self, shape: tuple[int, ...], init: Any = "zeros", *, trainable: bool = True) -> None:
         if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1 for n in shape):
@@ -32,6 +34,7 @@ class Parameter(Tensor):
         super().__init__(None, None, requires_grad=trainable)  # type: ignore[arg-type]
         self._shape = tuple(int(n) for n in shape)
         self.init = init
+        self.master: Buffer = None  # the arena's slice; `data` is that, or while a step is lowered its copy's
         self.trainable = trainable
         self.value: npt.NDArray[Any] | None = None  # kept here while there is no arena
         self._home: weakref.ref[Arena] | None = None
@@ -108,17 +111,19 @@ class Arena:
         self.size = end
         self.weights = self.zeros()
         self._gradients: Buffer | None = None
+        self.copy: Buffer | None = None  # of the weights in 16 bits, which the updates write too
         for key, p in self.parameters.items():
             value = p.host_value()
-            p.data, p.backend, p._home = self.slice(self.weights, key), backend, weakref.ref(self)
+            p.data = p.master = self.slice(self.weights, key)
+            p.backend, p._home = backend, weakref.ref(self)
             if value is not None:
-                p.data[...] = backend.asarray(value, self.dtype)
+                backend.write(p.data, value)
             p.value = p.grad_buffer = None
 
     def zeros(self) -> Buffer:
         """A zeroed buffer with the arena's layout."""
         buffer = self.backend.empty((1, self.size), self.dtype)
-        buffer[...] = 0
+        self.backend.write(buffer, 0)
         return buffer
 
     def slice(self, buffer: Buffer, key: str) -> Buffer:
@@ -134,3 +139,21 @@ class Arena:
             for key, p in self.parameters.items():
                 p.grad_buffer = self.slice(self._gradients, key)
         return self._gradients
+
+    def refresh(self, dtype: npt.DTypeLike) -> None:
+        """Bring the copy of the weights in this type up to date; it is made when first asked for."""
+        if self.copy is None or self.copy.dtype != dtype:
+            self.copy = self.backend.empty(self.weights.shape, dtype)
+        run(self.copy, lambda: self.backend.copy(self.weights, self.copy))
+
+    @contextmanager
+    def lowered(self) -> Iterator[None]:
+        """Inside, operations read the parameters from the copy, if there is one; gradients stay where they are."""
+        if self.copy is not None:
+            for key, p in self.parameters.items():
+                p.data = self.slice(self.copy, key)
+        try:
+            yield
+        finally:
+            for p in self.parameters.values():
+                p.data = p.master

@@ -1,8 +1,9 @@
 """The command `gpubackprop`: options, what is printed, and errors as one line.
 
 Exit status: 0; 2 for bad input (options, data, model files, paths); 1 when something else fails (training diverges, a
-device does not work, the disk is full, stdout is closed); 130 after Ctrl-C. Files are written before anything is
-printed of them, so that a stdout that takes no more costs no work.
+device does not work, the disk is full, stdout is closed, a check of `doctor`); 3 from a `doctor` that found neither a
+fault nor a GPU; 130 after Ctrl-C. Files are written before anything is printed of them, so that a stdout that takes no
+more costs no work; `doctor` alone prints as it goes.
 """
 
 import io
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -18,11 +20,14 @@ from typing import Any, NoReturn
 
 import click
 
-from gpubackprop import __version__, datasets, runs
+from gpubackprop import __version__, datasets, doctor, roofline, runs
+from gpubackprop.backends import why_not_cuda
 from gpubackprop.checkpoint import check_writable, load_model, read_metadata, save_model, write_file
 from gpubackprop.formulas import ACTIVATIONS
+from gpubackprop.installation import versions
 from gpubackprop.layers import Layer, mlp
 from gpubackprop.optimizers import OPTIMIZERS
+from gpubackprop.precision import PRECISIONS
 from gpubackprop.runs import RATES, Recipe, Run
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
@@ -57,7 +62,9 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn  # type: ignore[assignment]
+                return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own ways to end
         except BAD_INPUT as error:
@@ -68,6 +75,12 @@ class Commands(click.Group):
             _fail(str(error) or type(error).__name__, 1)
         except KeyboardInterrupt:
             _fail("interrupted; no file is left half written", INTERRUPTED)
+
+
+def _warn(message: Warning | str, *about: Any) -> None:
+    """A warning as one line on stderr."""
+    with suppress(OSError):
+        click.echo(f"gpubackprop: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _fail(message: str, status: int) -> NoReturn:
@@ -115,6 +128,10 @@ def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
         "seed": (click.IntRange(min=0), "Keys the split, the weights, the order of rows and dropout."),
         "test": (float, "Fraction of the rows held out."),
         "dtype": (choose(["float32", "float64"]), "Type of weights and data."),
+        "precision": (choose(list(PRECISIONS)), "What a step computes in, with weights in float32 or float64.  "
+                      "[default: that of --dtype]"),
+        "clip_norm": (float, "Scale a longer gradient down to this norm.  [default: no clipping]"),
+        "cuda_graph": (bool, "Launch each step as one CUDA graph."),
         "device": (str, "auto, cpu, cuda or cuda:N."),
     }  # fmt: skip
     defaults = {f.name: f.default for f in fields(Recipe)} | {"hidden": ",".join(map(str, Recipe.hidden))}
@@ -124,7 +141,7 @@ def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
             kind, text = every[name]
             default = defaults[name]
             option = click.option(f"--{name.replace('_', '-')}", type=kind, default=default, help=text,
-                                  show_default=default is not None)  # fmt: skip
+                                  is_flag=kind is bool, show_default=default not in (None, False))  # fmt: skip
             command = option(command)
         return command
 
@@ -145,7 +162,7 @@ _json = click.option("--json", "json_path", metavar="FILE",
 @click.option("--task", type=click.Choice(["classification", "regression"]),
               help="What the target means.  [default: text and integers are classes, floats numbers]")  # fmt: skip
 @_options("hidden", "activation", "dropout", "epochs", "batch_size", "optimizer", "lr", "seed", "test")
-@_options("dtype", "device")
+@_options("dtype", "precision", "clip_norm", "cuda_graph", "device")
 @click.option("--scale/--no-scale", default=None,
               help="Bring columns to mean 0, variance 1 inside the model.  [default: on, but for digits]")  # fmt: skip
 @click.option("--out", metavar="FILE", help="Save the model here (safetensors).")
@@ -251,37 +268,64 @@ def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
     _say("saved", f"{out}: {len(table.x):,} predictions")
 
 
-# ---- explain, kernels, info ----------------------------------------------------------------------------------------
+# ---- explain, kernels, info, doctor --------------------------------------------------------------------------------
 
 
 @main.command()
 @click.argument("model", required=False)
 @click.option("--sizes", help="Instead of a MODEL: columns, hidden units and outputs of a new network, between commas.")
-@_options("activation", "dropout", "optimizer", "batch_size", "dtype", "device")
-def explain(model: str | None, sizes: str | None, batch_size: int, device: str, **settings: Any) -> None:
+@_options("activation", "dropout", "optimizer", "batch_size", "dtype", "precision", "clip_norm", "device")
+@click.option("--gpu", type=click.Choice(list(roofline.GPUS)), help="Add a roofline model of this GPU.")
+def explain(
+    model: str | None, sizes: str | None, batch_size: int, device: str, gpu: str | None, **settings: Any
+) -> None:
     """Print a training step as the table of its launches.
 
     Each has its equation, the shapes it reads and writes, its flops and bytes; nothing is trained. Without MODEL and
     --sizes it is the step of `gpubackprop train digits`. --activation, --dropout and --dtype describe a new network; a
-    saved one has its own.
+    saved one has its own. A step for CUDA is planned without a GPU too; beneath it stand its launches, and its bytes
+    beside the least that they could be.
 
     \b
     Examples:
       gpubackprop explain
       gpubackprop explain --sizes 64,128,10 --activation gelu --batch-size 256
+      gpubackprop explain --device cuda --precision tf32 --clip-norm 1
+      gpubackprop explain --sizes 4096,4096,4096 --batch-size 4096 --gpu h100
     """
     recipe = Recipe(**settings)
     if model and sizes:
         raise ValueError("explain: got a MODEL and --sizes, expected one of them; leave one out")
+    place, reason = _planned(device, gpu)
     if model:
-        network: Layer = load_model(model, device)
+        network: Layer = load_model(model, place)
         loss = runs.trained_loss(network)
     else:
         layout = list(_sizes(sizes, "--sizes")) or [64, *Recipe.hidden, 10]
         rate = recipe.dropout_for("classification")
-        network, loss = mlp(layout, recipe.activation, dropout=rate, dtype=recipe.dtype), "cross_entropy"
-    optimizer = OPTIMIZERS[recipe.optimizer]()
-    _print(str(Trainer(network, loss, optimizer, device=device, seed=0).plan(batch_size)))
+        network, loss = mlp(layout, recipe.activation, dropout=rate, dtype=recipe.weights), "cross_entropy"
+    trainer = Trainer(network, loss, OPTIMIZERS[recipe.optimizer](), device=place, seed=0, precision=recipe.precision,
+                      clip_norm=recipe.clip_norm)  # fmt: skip
+    plan = trainer.plan(batch_size)
+    if reason:
+        plan.title = f"planned without a GPU ({reason}): {plan.title}"
+    _print(str(plan))
+    if plan.backend.device.startswith("cuda"):
+        _print(f"launches eager: {roofline.launches(plan)}; with a CUDA graph: 1")
+        for part, moved in roofline.traffic(plan).items():
+            _print(f"{part}: {moved}")
+    if gpu:
+        _print("\n" + roofline.roofline(plan, roofline.GPUS[gpu], trainer.precision.name))
+
+
+def _planned(device: str, gpu: str | None) -> tuple[str, str | None]:
+    """The device to plan for, and why that is not a GPU if it was to be one."""
+    if gpu and device == "cpu":
+        raise ValueError("explain: --gpu models a step on CUDA, but --device is cpu; leave one out")
+    if device != "cuda" and not (gpu and device == "auto"):
+        return device, None
+    reason = why_not_cuda()
+    return ("cuda:plan" if reason else "cuda"), reason
 
 
 @main.command()
@@ -302,14 +346,44 @@ def kernels(name: str | None, dtype: str) -> None:
 
 @main.command()
 def info() -> None:
-    """Print versions and devices, for a bug report.
+    """Print versions and devices, for a bug report: also which pieces of CUDA are here, and why it is not in use.
 
     \b
     Example:
       gpubackprop info
     """
-    for label, text in runs.versions():
+    for label, text in versions():
         _say(label, text)
+
+
+@main.command("doctor")
+@click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
+@click.option("--quick", is_flag=True, help="float32 kernels alone, and fewer repeats.")
+@_json
+@_force
+def examine(device: str, quick: bool, json_path: str | None, force: bool) -> None:
+    """Check this machine's GPU: that every kernel gives NumPy's results, and how fast.
+
+    First what is installed, with the command that installs what is missing; then every kernel in every type against
+    NumPy, matrix products against CuPy's own, a captured step against one launched piece by piece, and a network
+    trained on the digits; last, bytes per second and the cost of launching, measured. Status 0 if all agree, 1 if
+    something does not, 3 without a GPU: then it checks what it can. The first run compiles every kernel.
+
+    \b
+    Examples:
+      gpubackprop doctor
+      gpubackprop doctor --quick --json doctor.json
+    """
+    _check_outputs(None, force, json_path)
+    err, results = json_path == "-", list[doctor.Result]()
+    for result in doctor.examine(device, doctor.QUICK if quick else doctor.FULL):
+        if not results or results[-1].group != result.group:
+            _print(result.group, err)
+        results.append(result)
+        _print(f"  {result.verdict:<8} {result.name:<34} {result.detail}".rstrip(), err)
+    _write_json(json_path, doctor.report(results))
+    _say("verdict", doctor.verdict(results), err)
+    raise click.exceptions.Exit(doctor.status(results))
 
 
 # ---- printing and files --------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from gpubackprop.backends.base import is_on_device
+
 __all__ = [
     "as_features",
     "as_labels",
@@ -113,7 +115,7 @@ def check_same_length(x: Any, y: Any, where: str = "fit") -> None:
 
 def on_host(a: Any, where: str, name: str) -> Array:
     """a as a NumPy array. Device arrays stop here; this is where they will pass once a backend takes them."""
-    if hasattr(a, "__cuda_array_interface__"):
+    if is_on_device(a):
         remedy = f"copy it with {name}.get() or {name}.cpu()"
         raise TypeError(f"{where}: {name} lies on a CUDA device, expected host data; {remedy}")
     if isinstance(a, np.ndarray) and np.any(getattr(a, "mask", False)):  # np.asarray would unmask them
@@ -246,7 +248,7 @@ def _strata(y: Any, stratify: bool | None) -> NDArray[np.intp] | None:
         raise TypeError(f"split: stratify is of type {type(stratify).__name__}, {expected}")
     if stratify is False:
         return None
-    a = on_host(y, "split", "y")
+    a = on_host(y.get() if is_on_device(y) and hasattr(y, "get") else y, "split", "y")  # a CuPy array's labels
     if a.ndim == 1 and (a.dtype.kind in "biuSUT" or all(isinstance(label, str) for label in a)):
         names, codes, sizes = np.unique(a, return_inverse=True, return_counts=True)
         if sizes.min() > 1:

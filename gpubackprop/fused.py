@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 from gpubackprop import ops
-from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable
+from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable, Tally, arithmetic
 from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import ACTIVATIONS, LOSSES, RESULT, Activation, Loss, apply, chain, name, parse
-from gpubackprop.operands import constant, graph, operands, result
+from gpubackprop.operands import graph, operands, result, share
 from gpubackprop.plan import empty, run
 from gpubackprop.shapes import reshape
 from gpubackprop.tensor import Tensor
 
 __all__ = [
-    "activation_row", "batch_norm", "bce_with_logits", "dense", "dropout", "half_mse", "layer_norm", "mse",
-    "softmax_cross_entropy", "sse",
+    "activation_row", "batch_norm", "bce_with_logits", "dense", "dropout", "elementwise_loss_step", "half_mse",
+    "layer_norm", "mse", "softmax_cross_entropy", "softmax_cross_entropy_step", "sse",
 ]  # fmt: skip
 
 
@@ -141,13 +141,21 @@ def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean") -> 
     return _reduction("softmax_cross_entropy", result(total, (logits,), backprop), logits.shape[0], reduction)
 
 
+def softmax_cross_entropy_step(output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool) -> Buffer:
+    """∂(scaled mean loss of the batch)/∂output; losses and, if asked, the rows right go to the tally: one launch."""
+    back, t = output.backend, _class_target(output, target)
+    dx, total = empty(back, output.shape, output.dtype), empty(back, (), table.control.dtype)
+    run(total, lambda: back.softmax_cross_entropy(output.data, t, dx, total, table=table, tally=tally, count=count))
+    return dx
+
+
 def _class_target(logits: Tensor, target: Any) -> Buffer:
     """Labels or soft rows as a buffer; labels on the host are checked here, those of a Tensor were checked before."""
     if isinstance(target, Tensor):
         if target.requires_grad:
             raise ValueError("softmax_cross_entropy: the target requires a gradient; detach() it")
         t = target.data
-        if t.dtype != np.intp and (t.dtype != logits.dtype or t.ndim == 1):
+        if t.dtype != np.intp and (t.dtype != arithmetic(logits.dtype) or t.ndim == 1):
             raise TypeError(f"softmax_cross_entropy: target of dtype {t.dtype} with logits of {logits.dtype}")
     else:
         array = np.asarray(target)
@@ -162,48 +170,75 @@ def _class_target(logits: Tensor, target: Any) -> Buffer:
     return t
 
 
-def _elementwise_loss(label: str, row: Loss, over_outputs: bool, x: Any, target: Any, reduction: str) -> Tensor:
-    x, t = operands(label, x, target)
-    if x.shape != t.shape or x.ndim == 0:
-        raise ValueError(f"{label}: the output has shape {x.shape} but the target {t.shape}; they must be equal")
-    if t.requires_grad:
-        raise ValueError(f"{label}: the target requires a gradient; detach() it, or write the loss with operators")
-    outputs = math.prod(x.shape[1:])
-    share = constant(1 / outputs if over_outputs and outputs else 1.0, x).data
-    total, back = empty(x.backend, (), x.dtype), x.backend
-    forward, backward_ = _loss_graphs(row)
-    reads = {"x": x.data, "t": t.data, "k": share}
-    run(total, lambda: back.elementwise_sum(label, forward, reads, total, what=f"total = Σ k · ({row.forward})"))
-
-    def backprop(dy: Buffer, grads: Gradients) -> None:
-        grads.write(x, lambda dx, accumulate: back.elementwise(
-            f"{label} backward", backward_, reads | {"dy": dy}, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
-
-    return _reduction(label, result(total, (x,), backprop), x.shape[0], reduction)
+# name: row of LOSSES, whether its mean over the outputs is taken, and what that is
+_ELEMENTWISE = {
+    "mse": ("mse", True, "(x − t)², its mean over the outputs"),
+    "half_mse": ("half_mse", True, "½ (x − t)², its mean over the outputs"),
+    "sse": ("mse", False, "(x − t)², its sum over the outputs"),
+    "bce_with_logits": ("bce_with_logits", True, "−t log σ(x) − (1 − t) log(1 − σ(x)), its mean over the outputs"),
+}
 
 
-@cache
-def _loss_graphs(row: Loss) -> tuple[Graph, Graph]:
-    scale = apply("*", name("dy"), name("k"))
-    value, derivative = parse(row.forward)[RESULT], parse(row.derivative)[RESULT]
-    return {RESULT: apply("*", name("k"), value)}, {RESULT: chain(scale, derivative)}
+def _elementwise_loss(label: str) -> Callable[..., Tensor]:
+    row, _, equation = _ELEMENTWISE[label]
+    forward, backward = _loss_graphs(LOSSES[row])
 
-
-def _loss(label: str, row: str, over_outputs: bool, equation: str) -> Callable[..., Tensor]:
     def operation(output: Any, target: Any, reduction: str = "mean") -> Tensor:
-        return _elementwise_loss(label, LOSSES[row], over_outputs, output, target, reduction)
+        x, t = operands(label, output, target)
+        _check_target(label, x, t)
+        total, back = empty(x.backend, (), x.dtype), x.backend
+        reads = {"x": x.data, "t": t.data, "k": _share(label, x)}
+        what = f"total = Σ k · ({LOSSES[row].forward})"
+        run(total, lambda: back.elementwise_sum(label, forward, reads, total, what=what))
+
+        def backprop(dy: Buffer, grads: Gradients) -> None:
+            grads.write(x, lambda dx, accumulate: back.elementwise(
+                f"{label} backward", backward, reads | {"dy": dy}, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
+
+        return _reduction(label, result(total, (x,), backprop), x.shape[0], reduction)
 
     operation.__name__ = operation.__qualname__ = label
     operation.__doc__ = f'{equation}, averaged over the rows (reduction="mean") or summed ("sum"); equal shapes.'
     return operation
 
 
-mse = _loss("mse", "mse", True, "(x − t)², its mean over the outputs")
-half_mse = _loss("half_mse", "half_mse", True, "½ (x − t)², its mean over the outputs")
-sse = _loss("sse", "mse", False, "(x − t)², its sum over the outputs")
-bce_with_logits = _loss(
-    "bce_with_logits", "bce_with_logits", True, "−t log σ(x) − (1 − t) log(1 − σ(x)), its mean over the outputs"
-)
+def elementwise_loss_step(
+    label: str, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool
+) -> Buffer:
+    """∂(scaled mean loss of the batch)/∂output, and the losses to the tally, in one launch."""
+    _check_target(label, output, target)
+    row, back = LOSSES[_ELEMENTWISE[label][0]], output.backend
+    forward, backward = _loss_graphs(row, "scale * (1 / rows)")
+    dx, total = empty(back, output.shape, output.dtype), empty(back, (), table.control.dtype)
+    reads = {"x": output.data, "t": target.data, "k": _share(label, output), "scale": table.control[:1]}
+    graph_, writes = {**forward, "dx": backward[RESULT]}, {"dx": dx}
+    what = f"total = Σ k · ({row.forward}); dx = k · ({row.derivative}) / rows"
+    run(total, lambda: back.elementwise_sum(label, graph_, reads, total, writes, table=table, tally=tally, what=what))
+    return dx
+
+
+def _check_target(label: str, x: Tensor, t: Tensor) -> None:
+    if x.shape != t.shape or x.ndim == 0:
+        raise ValueError(f"{label}: the output has shape {x.shape} but the target {t.shape}; they must be equal")
+    if t.requires_grad:
+        raise ValueError(f"{label}: the target requires a gradient; detach() it, or write the loss with operators")
+
+
+def _share(label: str, x: Tensor) -> Buffer:
+    """The share of one element in its row's loss."""
+    outputs = math.prod(x.shape[1:])
+    return share(1 / outputs if _ELEMENTWISE[label][1] and outputs else 1.0, x)
+
+
+@cache
+def _loss_graphs(row: Loss, dy: str = "dy") -> tuple[Graph, Graph]:
+    """The loss times its share k, and dx for a cotangent dy."""
+    k = name("k")
+    value, derivative = parse(row.forward)[RESULT], parse(row.derivative)[RESULT]
+    return {"total": apply("*", k, value)}, {RESULT: chain(apply("*", parse(dy)[RESULT], k), derivative)}
+
+
+mse, half_mse, sse, bce_with_logits = map(_elementwise_loss, _ELEMENTWISE)
 
 
 # ---- dropout and normalisation -------------------------------------------------------------------------------------
@@ -254,9 +289,9 @@ def _normalize(
     if not eps > 0:
         raise ValueError(f"{label}: eps must be positive, got {eps}")
     back, n = x.backend, x.shape[1 - axis]
-    y, xhat = empty(back, x.shape, x.dtype), empty(back, x.shape, x.dtype)
-    mean, variance, rstd = (empty(back, (n,), x.dtype) for _ in range(3))
-    run(y, lambda: back.normalize(x.data, gain.data, bias.data, axis, eps, y, xhat, mean, variance, rstd))
+    y = empty(back, x.shape, x.dtype)
+    mean, variance, rstd = (empty(back, (n,), arithmetic(x.dtype)) for _ in range(3))
+    run(y, lambda: back.normalize(x.data, gain.data, bias.data, axis, eps, y, mean, variance, rstd))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         slots = [grads.slot(t) if t.requires_grad else (None, False) for t in (x, gain, bias)]
@@ -264,6 +299,7 @@ def _normalize(
         for out, adds in ((dgain, b), (dbias, c)):
             if out is not None and not adds and not x.size:  # sums over no rows
                 run(out, partial(back.fill, out, 0.0))
-        run(dy, lambda: back.normalize_backward(dy, xhat, gain.data, rstd, axis, dx, dgain, dbias, (a, b, c)))
+        run(dy, lambda: back.normalize_backward(
+            dy, x.data, gain.data, mean, rstd, axis, dx, dgain, dbias, (a, b, c)))  # fmt: skip
 
     return result(y, (x, gain, bias), backprop), mean, variance

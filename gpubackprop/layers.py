@@ -14,7 +14,7 @@ from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
 from gpubackprop.data import as_features
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
-from gpubackprop.operands import constant, graph
+from gpubackprop.operands import graph
 from gpubackprop.plan import run
 from gpubackprop.tensor import Tensor
 
@@ -123,10 +123,10 @@ class BatchNorm(Layer):
 
     def _follow(self, running: Parameter, batch: Any, decay: float, share: float) -> None:
         """running += share · batch − decay · running."""
-        d, s = (constant(v, running).data for v in (decay, share))
-        reads = {"r": running.data, "b": batch, "d": d, "s": s}
-        run(running.data, partial(running.backend.elementwise, "running statistics", graph("r += s * b - d * r"),
-                                  reads, {"r": running.data}))  # fmt: skip
+        back, r = running.backend, running.master
+        d, s = (back.asarray(np.array(v, r.dtype)) for v in (decay, share))
+        reads = {"r": r, "b": batch, "d": d, "s": s}
+        run(r, partial(back.elementwise, "running statistics", graph("r += s * b - d * r"), reads, {"r": r}))
 
 
 class Scaler(Layer):

@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy.typing as npt
 
 from gpubackprop import fused
+from gpubackprop.backends.base import Buffer, StepTable, Tally
 from gpubackprop.data import as_labels, as_probabilities, as_targets, on_host
+from gpubackprop.operands import graph
+from gpubackprop.plan import empty, run
+from gpubackprop.shapes import cast
 from gpubackprop.tensor import Tensor
 
 __all__ = ["LOSSES", "Objective", "objective"]
@@ -21,8 +26,29 @@ class Objective:
     function: Callable[..., Tensor]
     head: str | None  # what turns outputs into probabilities; None is decided by the number of outputs
     metrics: tuple[str, ...]
+    step: Callable[..., Buffer] | None = None  # its gradient in one launch; None for a user's callable
     classes: bool = False
-    own: bool = False  # a user's callable, which returns the mean over the batch
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a user's callable, which returns the mean over the batch."""
+        return self.step is None
+
+    def seed(
+        self, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool
+    ) -> tuple[Tensor, Buffer]:
+        """Where the backward pass of a training step begins, and its cotangent there: the gradient of the batch's mean
+        loss, times the scale. The loss goes to the tally, and with count=True the rows right."""
+        if self.step is not None:
+            return output, self.step(output, target, table, tally, count)
+        back, total = output.backend, self.total(cast(output, table.control.dtype), target)
+        run(total.data, lambda: back.accumulate_loss(total.data, table, tally))
+        if count:
+            run(output.data, lambda: back.top1(output.data, target.data, tally))
+        dy = empty(back, (), total.dtype)
+        scale = {"scale": table.control[:1].reshape(())}
+        run(dy, lambda: back.elementwise("seed", graph("dy = scale * (1 / rows)"), scale, {"dy": dy}, table=table))
+        return total, dy.reshape(total.shape)
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """The sum of the batch's losses."""
@@ -58,14 +84,25 @@ class Objective:
         return rows
 
 
+def _step(label: str) -> Callable[..., Buffer]:
+    return partial(fused.elementwise_loss_step, label)
+
+
 LOSSES = {
     o.name: o
     for o in (
-        Objective("cross_entropy", fused.softmax_cross_entropy, "softmax", ("accuracy",), classes=True),
-        Objective("bce", fused.bce_with_logits, "sigmoid", ("accuracy",)),
-        Objective("mse", fused.mse, "identity", ("r2",)),
-        Objective("half_mse", fused.half_mse, "identity", ("r2",)),
-        Objective("sse", fused.sse, "identity", ("r2",)),
+        Objective(
+            "cross_entropy",
+            fused.softmax_cross_entropy,
+            "softmax",
+            ("accuracy",),
+            fused.softmax_cross_entropy_step,
+            classes=True,
+        ),
+        Objective("bce", fused.bce_with_logits, "sigmoid", ("accuracy",), _step("bce_with_logits")),
+        Objective("mse", fused.mse, "identity", ("r2",), _step("mse")),
+        Objective("half_mse", fused.half_mse, "identity", ("r2",), _step("half_mse")),
+        Objective("sse", fused.sse, "identity", ("r2",), _step("sse")),
     )
 }
 
@@ -75,7 +112,7 @@ def objective(loss: str | Callable[..., Tensor]) -> Objective:
     if isinstance(loss, type) or not (isinstance(loss, str) or callable(loss)):
         raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (output, target) -> tensor")
     if callable(loss):
-        return Objective(getattr(loss, "__name__", "loss"), loss, None, (), own=True)
+        return Objective(getattr(loss, "__name__", "loss"), loss, None, ())
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(sorted(LOSSES))}, or pass a callable")
     return LOSSES[loss]

@@ -28,24 +28,21 @@ class Metric:
         self.graph: Graph = {"e": parse(text)["result"]}
         self._value = value
 
-    def sums(self, backend: Backend, columns: int, dtype: npt.DTypeLike, labels: bool) -> Buffer:
-        """A zeroed accumulator."""
+    def sums(self, backend: Backend, columns: int, dtype: npt.DTypeLike, labels: bool) -> Buffer | None:
+        """A zeroed accumulator; None for labels, which the tally counts."""
         if labels and self.name != "accuracy":
             raise ValueError(f"metric {self.name!r} needs targets like the outputs, but y holds labels; use 'accuracy'")
-        buffer = backend.empty(() if labels else (columns,), np.int64 if labels else dtype)
-        buffer[...] = 0
+        if labels:
+            return None
+        buffer = backend.empty((columns,), dtype)
+        backend.write(buffer, 0)
         return buffer
 
     def add(self, output: Tensor, target: Tensor, sums: Buffer) -> None:
         """Launch: sums += this batch's."""
-        back = output.backend
-        if target.ndim == 1:
-            run(sums, lambda: back.top1(output.data, target.data, sums))
-            return
-        each = empty(back, output.shape, output.dtype)
+        back, each = output.backend, empty(output.backend, output.shape, sums.dtype)
         reads = {"x": output.data, "t": target.data}
-        run(each, lambda: back.elementwise(self.name, self.graph, reads, {"e": each}))
-        run(sums, lambda: back.reduce("sum", each, (0,), sums, accumulate=True))
+        run(each, lambda: back.elementwise_columns(self.name, self.graph, reads, each, sums, accumulate=True))
         release(each)
 
     def value(self, sums: Array, rows: int, target: Array) -> float:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from gpubackprop import initializers, ops
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import Backend, StepTable
+from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device
 from gpubackprop.data import as_features, as_seed
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
@@ -239,7 +239,7 @@ class Layer:
         named = self.named_parameters()
         for key in keys:
             p = named[key]
-            p.data[...] = p.backend.asarray(initializers.draw(p.init, p.shape, seed, key), p.dtype)
+            p.backend.write(p.data, initializers.draw(p.init, p.shape, seed, key))
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Every parameter as a NumPy array (a copy), by name."""
@@ -269,7 +269,7 @@ class Layer:
                 raise ValueError(f"load_state_dict: {k!r} has values too large for {cast.dtype}; {remedy}")
             values[k] = cast
         for k, p in named.items():
-            p.data[...] = p.backend.asarray(values[k])
+            p.backend.write(p.data, values[k])
             p.settled = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -282,8 +282,13 @@ class Layer:
         rows = as_features(x, homes[0].dtype if homes else self.dtype, self.inputs, self._path or type(self).__name__)
         return Tensor(self.backend.asarray(np.array(rows)), self.backend)  # the caller may write over x
 
-    def predict(self, x: Any) -> npt.NDArray[Any]:
-        """The raw output for every row of x (logits, for a classifier), without training behaviour."""
+    def predict(self, x: Any) -> Any:
+        """The raw output for every row of x (logits, for a classifier), without training behaviour; on the device for
+        an array that lies there, else in NumPy."""
+        out = self._predict(x)
+        return out if is_on_device(x) or isinstance(out, np.ndarray) else self.backend.to_numpy(out)
+
+    def _predict(self, x: Any) -> Buffer:
         if "_predictor" not in vars(self):
             self._predictor = Predictor()
         with mode(Mode()):  # what it records must infer, also inside `with training()`

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from gpubackprop.backends.base import Buffer, Graph
+from gpubackprop.backends.base import Buffer, Graph, arithmetic
 from gpubackprop.backprop import Backprop, Gradients
 from gpubackprop.formulas import parse
 from gpubackprop.plan import empty
 from gpubackprop.tensor import FLOATS, Axis, Tensor
 
-__all__ = ["axes_of", "broadcast_shape", "constant", "graph", "new", "operands", "result", "sum_to"]
+__all__ = ["axes_of", "broadcast_shape", "constant", "graph", "new", "operands", "result", "share", "sum_to"]
 
 
 def constant(value: Any, like: Tensor) -> Tensor:
@@ -27,6 +27,11 @@ def constant(value: Any, like: Tensor) -> Tensor:
             f"tensor expected, got {type(value).__name__} of dtype {array.dtype}; convert it to float first"
         )
     return Tensor(like.backend.asarray(array, like.dtype if adapts else None), like.backend)
+
+
+def share(value: float, like: Tensor) -> Buffer:
+    """A factor of one element in the type that values of the tensor are computed in."""
+    return like.backend.asarray(np.array(value, arithmetic(like.dtype)))
 
 
 def operands(name: str, *values: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ from gpubackprop import formulas
 from gpubackprop.backends.base import Buffer
 from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import RESULT, Activation
-from gpubackprop.operands import axes_of, broadcast_shape, constant, graph, new, operands, result, sum_to
+from gpubackprop.operands import axes_of, broadcast_shape, graph, new, operands, result, share, sum_to
 from gpubackprop.plan import release, run
 from gpubackprop.shapes import broadcast_to, reshape
 from gpubackprop.tensor import Axis, Tensor
@@ -177,11 +177,11 @@ def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     (x,) = operands("mean", x)
     axes = axes_of("mean", x, axis)
     kept, count = _kept(x, axes), _count("mean", x, axes)
-    share = constant(1 / count, x).data
+    factor = share(1 / count, x)
     y = _reduce("mean", x, x.data, axes, new(x, kept))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
-        reads = {"dy": dy.reshape(kept), "k": share}
+        reads = {"dy": dy.reshape(kept), "k": factor}
         grads.write(x, lambda dx, accumulate: x.backend.elementwise(
             "mean backward", graph("dy * k"), reads, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
 

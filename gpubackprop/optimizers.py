@@ -1,7 +1,6 @@
 """Optimizers: a rule of formulas.RULES, its hyperparameters, and its state over the arena."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, ClassVar
@@ -10,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.arena import Arena
-from gpubackprop.backends.base import Buffer, StepTable
-from gpubackprop.formulas import RULES, Expr, Rule, describe, evaluate, free_names, hoist, parse
+from gpubackprop.backends.base import CONTROL, Buffer, StepTable
+from gpubackprop.formulas import RESULT, RULES, Expr, Rule, apply, describe, evaluate, free_names, hoist, name, parse
 from gpubackprop.plan import run
 
 __all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "HostMoments", "Optimizer", "State"]
@@ -43,9 +42,14 @@ class Optimizer:
         if not (holds and math.isfinite(value)):
             raise ValueError(f"{type(self).__name__}: {key} must be {bounds}, got {value:g}")
 
-    def rules(self, arena: Arena) -> Iterator[tuple[Rule, slice]]:
-        """The update rule of each range of the arena."""
-        yield RULES[self.label], slice(0, arena.size)
+    @property
+    def rule(self) -> Rule:
+        """The row of RULES that steps the weights."""
+        return RULES[self.label]
+
+    def groups(self, arena: Arena) -> list[tuple[slice, dict[str, float]]]:
+        """Ranges of the arena, and the constants in which each differs; together they cover it."""
+        return [(slice(0, arena.size), {})]
 
     @property
     def constants(self) -> dict[str, float]:
@@ -73,8 +77,9 @@ class SGD(Optimizer):
         if self.nesterov and not self.momentum:
             raise ValueError("SGD: nesterov needs a momentum > 0")
 
-    def rules(self, arena: Arena) -> Iterator[tuple[Rule, slice]]:
-        yield RULES["nesterov" if self.nesterov else "momentum" if self.momentum else "sgd"], slice(0, arena.size)
+    @property
+    def rule(self) -> Rule:
+        return RULES["nesterov" if self.nesterov else "momentum" if self.momentum else "sgd"]
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,8 @@ class AdamW(Adam):
     weight_decay: float = 1e-2
     label: ClassVar[str] = "adamw"
 
-    def rules(self, arena: Arena) -> Iterator[tuple[Rule, slice]]:
-        yield RULES["adamw"], slice(0, arena.matrices)
-        yield RULES["adam"], slice(arena.matrices, arena.size)
+    def groups(self, arena: Arena) -> list[tuple[slice, dict[str, float]]]:
+        return [(slice(0, arena.matrices), {}), (slice(arena.matrices, arena.size), {"weight_decay": 0.0})]
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {c.label: c for c in (SGD, Adam, AdamW)}
@@ -110,42 +114,67 @@ class State:
     def __init__(self, optimizer: Optimizer, arena: Arena) -> None:
         self.optimizer = optimizer
         self.arena = arena
-        self.rules = [(rule, part) for rule, part in optimizer.rules(arena) if part.stop > part.start]
-        self.moments = {name: arena.zeros() for rule, _ in self.rules for name in rule.state}
+        self.rule = optimizer.rule
+        self.groups = [(part, more) for part, more in optimizer.groups(arena) if part.stop > part.start]
+        self.moments = {name: arena.zeros() for name in self.rule.state}
         self.scalars = self._scalars()
 
-    def _scalars(self) -> dict[str, Expr]:
-        """Every expression of scalars alone in the rules: what the step table holds, by its text."""
-        found: dict[str, Expr] = {}
-        for rule, _ in self.rules:
-            for text in filter(None, (rule.before, rule.update)):
-                scalars = hoist(parse(text), ("p", "g", *rule.state))[1]
-                found |= {describe(e): e for e in scalars.values()}
+    def _scalars(self) -> dict[str, tuple[Expr, dict[str, float]]]:
+        """The columns of the step table: for each group every expression of scalars alone, and its constants."""
+        found: dict[str, tuple[Expr, dict[str, float]]] = {}
+        for i, (_, more) in enumerate(self.groups):
+            for text in filter(None, (self.rule.before, self.rule.update)):
+                for e in hoist(parse(text), ("p", "g", *self.rule.state))[1].values():
+                    column = f"{describe(e)} [{i}]" if len(self.groups) > 1 else describe(e)
+                    found[column] = e, self.optimizer.constants | more
         return found
 
     def table_rows(self, first: int, steps: int) -> dict[str, Floats]:
         """Each scalar at the steps first, first + 1, … (counted from 1), in float64."""
         t = np.arange(first, first + steps, dtype=np.float64)
-        values: dict[str, Any] = dict(self.optimizer.constants)
-        values |= {n: values[n[:-2]] ** t for n in free_names(*self.scalars.values()) if n.endswith("_t")}
-        return {k: np.broadcast_to(evaluate(e, values, _NUMPY), t.shape) for k, e in self.scalars.items()}
+        rows = {}
+        for column, (e, constants) in self.scalars.items():
+            powers = {n: constants[n[:-2]] ** t for n in free_names(e) if n.endswith("_t")}
+            rows[column] = np.broadcast_to(evaluate(e, {**constants, **powers}, _NUMPY), t.shape)
+        return rows
 
-    def record(self, table: StepTable, *, before: bool = False) -> None:
-        """Launch the rules' update of the weights by the gradients, or what goes before the gradient."""
-        for rule, part in self.rules:
-            if text := rule.before if before else rule.update:
-                self._launch(rule, text, part, table)
+    def record(self, table: StepTable, clip: float = math.inf, dynamic: bool = False, *, before: bool = False) -> None:
+        """Launch the rule's update of the weights by the gradients, or what goes before the gradient.
 
-    def _launch(self, rule: Rule, text: str, part: slice, table: StepTable) -> None:
-        arrays = {"p": self.arena.weights, "g": self.arena.gradients} | {k: self.moments[k] for k in rule.state}
-        graph = parse(text)
-        parts: dict[str, Buffer] = {k: a[0, part] for k, a in arrays.items()}
-        reads = {k: parts[k] for k in free_names(*graph.values()) if k in parts}
-        writes = {k: parts[k] for k in graph}
-        what = text.strip()
-        run(
-            writes["p"], lambda: self.arena.backend.elementwise(rule.name, graph, reads, writes, table=table, what=what)
-        )
+        The gradient's norm is clipped to `clip`. With `dynamic`, the scale of the loss follows the gradients, and a
+        step whose gradient is not finite changes nothing.
+        """
+        back, gradients = self.arena.backend, self.arena.gradients
+        if not self.arena.size:
+            if not before:
+                run(table.control, lambda: back.advance(table))
+            return
+        scaled = dynamic or clip < math.inf
+        if scaled and not before:
+            run(table.control, lambda: back.gradient_norm(gradients, table, clip=clip, dynamic=dynamic))
+        if text := self.rule.before if before else self.rule.update:
+            self._launch(text, table, scaled=scaled, skips=dynamic, advance=not before)
+
+    def _launch(self, text: str, table: StepTable, *, scaled: bool, skips: bool, advance: bool) -> None:
+        """One launch over the arena; where `skips`, the arrays keep their values unless the last gradient was finite.
+
+        A look-ahead is skipped after a step that was: the weights then still stand ahead.
+        """
+        arena = self.arena
+        factor = {"g": parse("g * factor")[RESULT]} if scaled else {}
+        graph = parse(text, given=factor)
+        if skips:
+            ok = parse("where(ok > 0, 1, 0)")[RESULT].args[0]
+            graph = {k: apply("where", ok, e, name(k)) for k, e in graph.items()}
+        arrays = {"p": arena.weights, "g": arena.gradients} | self.moments
+        if arena.copy is not None:
+            graph, arrays = graph | {"q": graph["p"]}, arrays | {"q": arena.copy}
+        arrays |= {key: table.control[i : i + 1] for key, i in CONTROL.items()}
+        names = dict.fromkeys((*free_names(*graph.values()), *graph))
+        used: dict[str, Buffer] = {k: arrays[k].reshape(-1) for k in names if k in arrays}
+        groups = [part for part, _ in self.groups] if len(self.groups) > 1 else []
+        run(arena.weights, lambda: arena.backend.update(
+            self.rule.name, graph, used, table, groups=groups, advance=advance, what=text.strip()))  # fmt: skip
 
     def host(self) -> HostMoments:
         """The moments as NumPy arrays, by moment and parameter."""
@@ -158,7 +187,7 @@ class State:
         for m, values in moments.items():
             for key in values.keys() & arena.parameters.keys():
                 if values[key].shape == arena.parameters[key].shape:
-                    arena.slice(self.moments[m], key)[...] = arena.backend.asarray(values[key], arena.dtype)
+                    arena.backend.write(arena.slice(self.moments[m], key), values[key])
 
 
 _NUMPY: dict[str, Any] = {

@@ -182,7 +182,7 @@ class Plan:
                 self.backend.synchronize()
                 seen.append(time.perf_counter() - start)
         for buffer, value in kept.values():
-            buffer[...] = self.backend.asarray(value)
+            self.backend.write(buffer, value)
         return [(launch, sorted(seen)[repeats // 2]) for launch, seen in zip(self.launches, times, strict=True)]
 
 

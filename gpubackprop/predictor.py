@@ -4,11 +4,11 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.backends.base import Buffer
+from gpubackprop.backends.base import Buffer, is_on_device
 from gpubackprop.data import as_features
+from gpubackprop.device_data import on_device
 from gpubackprop.plan import Plan
 from gpubackprop.tensor import Tensor
 
@@ -42,36 +42,40 @@ class Predictor:
         self._recorded: tuple[tuple[Arena, ...], list[int]] | None = None
         self._forwards: dict[tuple[int, int], _Forward] = {}
 
-    def __call__(self, model: "Layer", x: Any) -> npt.NDArray[Any]:
-        """The model's output for every row of x."""
+    def __call__(self, model: "Layer", x: Any) -> Buffer:
+        """The model's output for every row of x, as a buffer of the model's device."""
         homes = model.homes()
-        rows = as_features(x, homes[0].dtype if homes else model.dtype, model.inputs, "predict")
+        dtype = homes[0].dtype if homes else model.dtype
+        if is_on_device(x):
+            rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
+        else:
+            rows = as_features(x, dtype, model.inputs, "predict")
         with self.lock:
             recorded = (homes, [id(layer) for _, layer in model.named_layers()])
             if recorded != self._recorded:  # other arenas or other layers
                 self._recorded, self._forwards = recorded, {}
             return self._predict(model, rows)
 
-    def _predict(self, model: "Layer", rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _predict(self, model: "Layer", rows: Buffer) -> Buffer:
         backend = model.backend
         n = min(max(2, 1 << (len(rows) - 1).bit_length()), CHUNK_ROWS)
         key = (n, rows.shape[1])
         if key not in self._forwards:
             self._forwards[key] = _record(model, *key, rows.dtype)
         forward = self._forwards[key]
-        out = np.empty((len(rows), *forward.output.shape[1:]), forward.output.dtype)
+        out = backend.empty((len(rows), *forward.output.shape[1:]), forward.output.dtype)
         for start in range(0, len(rows), n):
             part = rows[start : start + n]
-            forward.x[: len(part)] = backend.asarray(part)
+            backend.write(forward.x[: len(part)], part)
             forward.plan.replay("predict")
-            out[start : start + len(part)] = backend.to_numpy(forward.output[: len(part)])
+            backend.write(out[start : start + len(part)], forward.output[: len(part)])
         return out
 
 
 def _record(model: "Layer", rows: int, columns: int, dtype: npt.DTypeLike) -> _Forward:
     backend = model.backend
     plan, x = Plan(backend, f"predict, {rows} rows"), backend.empty((rows, columns), dtype)
-    x[...] = 0
+    backend.write(x, 0)
     with plan.record("predict"):
         output = model(Tensor(x, backend))
     if output.ndim != 2 or output.shape[0] != rows:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpubackprop import __version__, datasets
-from gpubackprop.backends import why_not_cuda
 from gpubackprop.data import split
 from gpubackprop.layers import Layer, Scaler, Sequential, mlp
 from gpubackprop.optimizers import OPTIMIZERS
+from gpubackprop.precision import precision
 from gpubackprop.tables import Table, Task, read_table
 from gpubackprop.trainer import Trainer
 
 __all__ = ["RATES", "Prediction", "Recipe", "Run", "doubtful_classes", "figures", "held_out", "kind_of", "predict",
-           "read", "read_for", "trained_loss", "versions"]  # fmt: skip
+           "read", "read_for", "trained_loss"]  # fmt: skip
 
 Array = NDArray[Any]
 
@@ -34,7 +33,7 @@ class Recipe:
     """How a network is made and trained; the defaults are tuned on the digits.
 
     None leaves the choice to the run: dropout 0.5 for classes and 0 for numbers, `lr` of RATES (or the optimizer's
-    own), and a scaler for all but the bundled digits, whose pixels lie in [0, 1].
+    own), a scaler for all but the bundled digits, whose pixels lie in [0, 1], the precision of `dtype`, no clipping.
     """
 
     hidden: tuple[int, ...] = (256,)
@@ -48,12 +47,23 @@ class Recipe:
     test: float = 0.2
     scale: bool | None = None
     dtype: str = "float32"
+    precision: str | None = None
+    clip_norm: float | None = None
+    cuda_graph: bool = False
     device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"train: {name} must be at least 1, got {value}")
+        if self.dtype == "float64" and self.weights != "float64":
+            raise ValueError(f"train: precision {self.precision} keeps weights in {self.weights}, not in the dtype "
+                             "float64; leave one out")  # fmt: skip
+
+    @property
+    def weights(self) -> str:
+        """The type of the weights: the precision's, or `dtype`."""
+        return precision(self.precision).master if self.precision else self.dtype
 
     def dropout_for(self, task: Task) -> float:
         """The rate, chosen by the task if it was left open: dropping units out blurs numbers more than it helps."""
@@ -116,8 +126,8 @@ def held_out(data: str, table: Table, extra: Mapping[str, Any]) -> tuple[Array, 
 class Run:
     """A table split by the recipe's seed, and a network that is trained on one part and measured on both.
 
-    Numbers are learnt in units of their own spread, so that a learning rate means the same for every table; the model
-    that is measured and saved ends in the scaler that turns its output back.
+    Columns and numbers are learnt in units of their own spread, so that a learning rate means the same for every table
+    and 16-bit types have room for them; the model that is measured and saved has the scalers at its ends.
     """
 
     def __init__(self, data: str, table: Table, recipe: Recipe) -> None:
@@ -130,33 +140,35 @@ class Run:
         outputs = len(table.classes) if table.classes else table.y.shape[1]
         self.sizes = [table.x.shape[1], *recipe.hidden, outputs]
         self.lr, self.dropout = recipe.rate_for(self.task), recipe.dropout_for(self.task)
-        layers = list(mlp(self.sizes, recipe.activation, dropout=self.dropout).layers)
-        if recipe.scale if recipe.scale is not None else data != "digits":
-            layers.insert(0, self._scaler(self.x))
+        scale = recipe.scale if recipe.scale is not None else data != "digits"
+        self._front = self._scaler(self.x) if scale else None
         self._back = self._scaler(self.y, inverse=True) if self.task == "regression" else None
-        self.model: Layer = Sequential(*layers, dtype=recipe.dtype)
+        self.model = self._network = mlp(self.sizes, recipe.activation, dropout=self.dropout, dtype=recipe.weights)
         self.loss = "mse" if self._back else "cross_entropy"
         optimizer = OPTIMIZERS[recipe.optimizer](lr=self.lr)
-        self.trainer = Trainer(self.model, self.loss, optimizer, device=recipe.device, seed=recipe.seed)
+        self.trainer = Trainer(
+            self.model, self.loss, optimizer, device=recipe.device, seed=recipe.seed, precision=recipe.precision,
+            clip_norm=recipe.clip_norm, cuda_graph=recipe.cuda_graph,
+        )  # fmt: skip
         self.seconds = 0.0
 
     def _scaler(self, rows: Array, inverse: bool = False) -> Scaler:
         scaler = Scaler(rows.shape[1], inverse=inverse)
-        scaler.dtype = self.recipe.dtype
+        scaler.dtype = self.recipe.weights
         return scaler.fit(rows)
 
     def fit(self, progress: bool | None = None) -> None:
         """Train; when it ends, also by Ctrl-C, `model` is the network in the data's own units."""
-        y, back, begun = self.y, self._back, time.perf_counter()
-        if back is not None:
-            y = (y - back.state_dict()["mean"]) / back.state_dict()["scale"]
+        x, y = _scaled(self.x, self._front), _scaled(self.y, self._back)
+        begun = time.perf_counter()
         try:
-            self.trainer.fit(self.x, y, self.recipe.epochs, self.recipe.batch_size, progress=progress)
+            self.trainer.fit(x, y, self.recipe.epochs, self.recipe.batch_size, progress=progress)
         finally:
             self.seconds = time.perf_counter() - begun
-            if back is not None and isinstance(self.model, Sequential):
-                self.model = Sequential(*self.model.layers, back, dtype=self.recipe.dtype)
-                self.model.output_kind = "identity"
+            if self._front is not None or self._back is not None:
+                layers = [layer for layer in (self._front, *self._network.layers, self._back) if layer is not None]
+                self.model = Sequential(*layers, dtype=self.recipe.weights)
+                self.model.output_kind = self._network.output_kind
 
     def figures(self) -> dict[str, dict[str, float]]:
         """Loss and metric on the rows trained on and on those held out."""
@@ -180,13 +192,15 @@ class Run:
         named = f" in {table.target!r}" if table.target else ""
         dropout = f", dropout {self.dropout:g}" if self.dropout and recipe.hidden else ""
         layout, batch = "-".join(map(str, self.sizes)), min(recipe.batch_size, len(self.x))
-        weights = f"{self.model.parameter_count:,} parameters, {recipe.dtype}"
+        weights = f"{self.model.parameter_count:,} parameters, {recipe.weights}"
+        computed = f", computed in {recipe.precision}" if recipe.precision not in (None, recipe.weights) else ""
         rule = f"{recipe.optimizer}, learning rate {self.lr:g}"
+        rule += f", clipped to norm {recipe.clip_norm:g}" if recipe.clip_norm is not None else ""
         return [
             ("device", device + hint),
             ("data", f"{self.data}: {len(table.x):,} rows, {_count(self.sizes[0], 'column')}, {goal}{named}"),
             ("split", f"{len(self.x):,} rows to train, {len(self.x_test):,} held out, seed {recipe.seed}"),
-            ("network", f"{layout}, {recipe.activation}{dropout}, {weights}"),
+            ("network", f"{layout}, {recipe.activation}{dropout}, {weights}{computed}"),
             ("training", f"{recipe.epochs} epochs in batches of {batch}, {rule}"),
         ]
 
@@ -198,6 +212,15 @@ class Run:
             "rows": len(self.table.x), "train_rows": len(self.x), "held_out_rows": len(self.x_test),
             "parameters": self.model.parameter_count, "history": self.trainer.history, "seconds": self.seconds,
         }  # fmt: skip
+
+
+def _scaled(rows: Array, scaler: Scaler | None) -> Array:
+    """The rows in units of the scaler's spread."""
+    if scaler is None:
+        return rows
+    state = scaler.state_dict()
+    scaled: Array = (rows - state["mean"]) / state["scale"]
+    return scaled
 
 
 def _count(number: int, thing: str) -> str:
@@ -294,27 +317,3 @@ def kind_of(path: str) -> str:
     if kind not in (".csv", ".npz", ".npy"):
         raise ValueError(f"{path}: is of unknown kind {kind!r}; choose from .csv, .npz, .npy")
     return kind
-
-
-# ---- the installation ----------------------------------------------------------------------------------------------
-
-
-def versions() -> list[tuple[str, str]]:
-    """Versions and devices, in labelled lines."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    built: Any = np.show_config(mode="dicts") or {}
-    blas = built.get("Build Dependencies", {}).get("blas", {})
-    lines = [
-        ("gpubackprop", f"{__version__}, {Path(__file__).parent}"),
-        ("Python", f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPU cores"),
-        ("NumPy", f"{np.__version__}, BLAS: {blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()),
-    ]
-    for package in ("click", "tqdm", "safetensors"):
-        try:
-            lines.append((package, version(package)))
-        except PackageNotFoundError:
-            lines.append((package, "not installed"))
-    reason = why_not_cuda()
-    return [*lines, ("devices", "cpu" if reason else "cpu, cuda"), *([("not CUDA", reason)] if reason else [])]

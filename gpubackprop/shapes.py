@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpubackprop.backends.base import Buffer
 from gpubackprop.backprop import Gradients
 from gpubackprop.operands import axes_of, new, operands, result, sum_to
-from gpubackprop.plan import run
+from gpubackprop.plan import empty, run
 from gpubackprop.tensor import Tensor
 
-__all__ = ["broadcast_to", "concatenate", "gather", "index", "reshape", "stack", "transpose"]
+__all__ = ["broadcast_to", "cast", "concatenate", "gather", "index", "reshape", "stack", "transpose"]
 
 
 def reshape(x: Any, shape: Sequence[int] | int) -> Tensor:
@@ -41,6 +42,20 @@ def transpose(x: Any, *axes: Any) -> Tensor:
     def backprop(dy: Buffer, grads: Gradients) -> None:
         back = dy.transpose(tuple(np.argsort(order)))
         grads.write(x, lambda dx, accumulate: x.backend.copy(back, dx, accumulate=accumulate))
+
+    return result(y, (x,), backprop)
+
+
+def cast(x: Any, dtype: npt.DTypeLike) -> Tensor:
+    """The same elements in another floating type."""
+    (x,) = operands("cast", x)
+    if x.dtype == dtype:
+        return x  # type: ignore[no-any-return]
+    y = empty(x.backend, x.shape, dtype)
+    run(y, lambda: x.backend.copy(x.data, y))
+
+    def backprop(dy: Buffer, grads: Gradients) -> None:
+        grads.write(x, lambda dx, accumulate: x.backend.copy(dy, dx, accumulate=accumulate))
 
     return result(y, (x,), backprop)
 

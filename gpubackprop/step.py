@@ -1,6 +1,8 @@
 """One training step as a plan: feed, before, gradient and update over fixed buffers, and the sums it leaves behind."""
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -8,29 +10,66 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.backends.base import Backend, Buffer, StepTable, Workspace
+from gpubackprop.backends.base import Backend, Buffer, CaptureError, Staging, StepTable, Workspace, use_tf32
 from gpubackprop.backprop import backward
-from gpubackprop.formulas import name
 from gpubackprop.losses import Objective
 from gpubackprop.metrics import Metric
 from gpubackprop.model import Layer, training
 from gpubackprop.optimizers import State
 from gpubackprop.plan import Plan, run
+from gpubackprop.precision import Precision
 from gpubackprop.tensor import Tensor
 
-__all__ = ["SECTIONS", "Keeper", "Source", "Step", "Sums"]
+__all__ = ["SECTIONS", "Graphs", "Keeper", "Source", "StagedSource", "Step", "Sums", "Terms"]
 
 Array = npt.NDArray[Any]
 SECTIONS = ("feed", "before", "gradient", "update")
 
 
-@dataclass(frozen=True)
 class Source:
     """Training data on the device and the order its rows are taken in."""
 
-    x: Buffer
-    y: Buffer
-    order: Buffer
+    def __init__(self, backend: Backend, x: Buffer, y: Buffer) -> None:
+        self.backend = backend
+        self.x, self.y = x, y
+        self.order = backend.asarray(np.arange(len(x)))
+        self.scale = 1.0  # of x
+
+    def begin(self, order: Array | None, sizes: Array) -> Array:
+        """Start an epoch in this order (None: as before) of batches of these sizes: the offset of each."""
+        if order is not None:
+            self.backend.write(self.order, order)
+        return np.cumsum(sizes) - sizes
+
+    def before(self, i: int) -> None:
+        """Called before the i-th step of the epoch is given to the device."""
+
+
+class StagedSource(Source):
+    """Training data on the host: batches are gathered into pinned memory and copied beside the step before theirs."""
+
+    def __init__(self, backend: Backend, staging: Staging, rows: int) -> None:
+        super().__init__(backend, staging.x, staging.y)
+        self.staging, self.permutation = staging, np.arange(rows)
+        self.starts = self.sizes = np.zeros(0, np.int64)
+
+    def begin(self, order: Array | None, sizes: Array) -> Array:
+        """Start an epoch; batches come to lie in two places in turn."""
+        if order is not None:
+            self.permutation = order
+        self.sizes, self.starts = sizes, np.cumsum(sizes) - sizes
+        self._put(0)
+        return np.arange(len(sizes)) % 2 * self.staging.rows
+
+    def before(self, i: int) -> None:
+        """Send the batch after this one on its way, and have this step wait for its own."""
+        self.staging.ready(i % 2)
+        if i + 1 < len(self.sizes):
+            self._put(i + 1)
+
+    def _put(self, i: int) -> None:
+        start = self.starts[i]
+        self.staging.put(i % 2, self.permutation[start : start + self.sizes[i]])
 
 
 class Sums:
@@ -40,24 +79,45 @@ class Sums:
         self, backend: Backend, metrics: Sequence[Metric], outputs: int, dtype: npt.DTypeLike, labels: bool
     ) -> None:
         self.backend = backend
-        self.loss = backend.empty((), np.float64)
-        self.bad_step = backend.empty((), np.int64)
+        self.tally = backend.tally(dtype)
         self.metrics = [(m, m.sums(backend, outputs, dtype, labels)) for m in metrics]
+        self.counts = any(sums is None for _, sums in self.metrics)  # the rows right
         self.clear()
 
     def clear(self) -> None:
         """Start anew."""
-        for buffer in (self.loss, self.bad_step, *(s for _, s in self.metrics)):
-            buffer[...] = 0
+        self.tally.clear()
+        for _, sums in self.metrics:
+            if sums is not None:
+                self.backend.write(sums, 0)
 
-    def mean_loss(self, rows: int) -> float:
-        """The mean loss over that many rows."""
-        return float(self.backend.to_numpy(self.loss)) / rows
+    def add(self, output: Tensor, target: Tensor) -> None:
+        """Launch: add a batch to every metric but the rows right, which the loss counts."""
+        for metric, sums in self.metrics:
+            if sums is not None:
+                metric.add(output, target, sums)
+
+    @property
+    def bad_step(self) -> int:
+        """The first step whose loss was not finite, or 0."""
+        return self.tally.read()[1]
 
     def figures(self, rows: int, y: Array) -> dict[str, float]:
         """Mean loss and metrics over that many rows, whose targets are y."""
+        loss, _, correct = self.tally.read()
         read = self.backend.to_numpy
-        return {"loss": self.mean_loss(rows)} | {m.name: m.value(read(s), rows, y) for m, s in self.metrics}
+        values = ((m, np.asarray(correct) if sums is None else read(sums)) for m, sums in self.metrics)
+        return {"loss": loss / rows} | {m.name: m.value(v, rows, y) for m, v in values}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a step is recorded by, besides the model: shared by every step of a trainer."""
+
+    objective: Objective
+    precision: Precision
+    clip_norm: float  # infinite: no clipping
+    seed: int
 
 
 @dataclass(eq=False)
@@ -65,73 +125,93 @@ class Step:
     """The step for batches of `rows` rows of an attached source: `run()` records it the first time, then replays it."""
 
     model: Layer
-    objective: Objective
+    terms: Terms
     state: State
     table: StepTable
     sums: Sums
-    seed: int
     rows: int
     columns: int
     target_shape: tuple[int, ...]  # of one row: () for labels
     space: Workspace
     dry: bool = False
-    run: Callable[[], object] = field(init=False)
+    run: Callable[[], object] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.backend = backend = self.model.arena.backend
         dtype = np.int64 if self.target_shape == () else self.model.dtype
-        self.x = backend.empty((self.rows, self.columns), self.model.dtype)
+        self.x = backend.empty((self.rows, self.columns), self.terms.precision.dtype)
         self.target = backend.empty((self.rows, *self.target_shape), dtype)
-        self.root = backend.empty((), self.model.dtype)
         title = f"training step of {self.rows} rows, {self.model.parameter_count:,} parameters"
         self.plan = Plan(backend, title, dry=self.dry, space=self.space)
 
-    def attach(self, source: Source) -> None:
-        """Take the batches from this source; the next run binds the feed to it."""
-        self.run = partial(self._first, source)
+    def attach(self, source: Source, graphs: "Graphs | None" = None) -> None:
+        """Take the batches from this source; the next run binds the feed to it, and is captured after that."""
+        self.run = partial(self._first, source, graphs)
 
     def detach(self) -> None:
         """Let go of the source and its data."""
         self.plan.discard("feed")
         del self.run
 
-    def _first(self, source: Source) -> None:
+    def _first(self, source: Source, graphs: "Graphs | None") -> None:
         plan, table = self.plan, self.table
         with plan.record("feed"):
-            run(self.x, lambda: self.backend.feed(source.x, source.order, table, self.x))
-            run(self.target, lambda: self.backend.feed(source.y, source.order, table, self.target))
+            run(self.x, lambda: self.backend.feed(
+                source.x, source.y, source.order, table, self.x, self.target, source.scale))  # fmt: skip
         if "gradient" in plan.sections:
             plan.replay(*SECTIONS[1:])
         else:
             for section in SECTIONS[1:]:
                 plan.discard(section)  # what an error cut short
+            rule = partial(self.state.record, table, self.terms.clip_norm, self.terms.precision.dynamic)
             with plan.record("before"):
-                self.state.record(table, before=True)
+                rule(before=True)
             with plan.record("gradient"):
                 self._gradient()
             with plan.record("update"):
-                self.state.record(table)
-                run(self.x, lambda: self.backend.advance(table))
-        self.run = plan.sequence(*SECTIONS)
+                rule()
+        self.run = (graphs and graphs.capture(plan)) or plan.sequence(*SECTIONS)
 
     def _gradient(self) -> None:
         """Forward, loss, backward; every trained slice is written, by a gradient or by zeros."""
-        back, sums = self.backend, self.sums
-        gradients = self.model.arena.gradients
-        with training(self.seed, self.table):
-            output = self.model(Tensor(self.x, back))
-            target = Tensor(self.target, back)
-            total = self.objective.total(output, target)
-        run(total.data, lambda: back.accumulate_loss(total.data, self.table, sums.loss, sums.bad_step))
-        for metric, sums_ in sums.metrics:
-            metric.add(output, target, sums_)
-        share = {"dL": name("1 / rows")}
-        run(self.root, lambda: back.elementwise("seed", share, {}, {"dL": self.root}, table=self.table))
-        written = backward(total, self.root.reshape(total.shape)) if total.requires_grad else set()
-        for key, p in self.model.arena.parameters.items():
+        back, arena = self.backend, self.model.arena
+        gradients = arena.gradients
+        with lowered(self.model), use_tf32(self.terms.precision.tf32):
+            with training(self.terms.seed, self.table):
+                output = self.model(Tensor(self.x, back))
+                target = Tensor(self.target, back)
+                root, dy = self.terms.objective.seed(output, target, self.table, self.sums.tally, self.sums.counts)
+            self.sums.add(output, target)
+            written = backward(root, dy) if root.requires_grad else set()
+        for key, p in arena.parameters.items():
             if p not in written:
-                dw = self.model.arena.slice(gradients, key)
+                dw = arena.slice(gradients, key)
                 run(dw, lambda dw=dw: back.fill(dw, 0.0))  # type: ignore[misc]
+
+
+class Graphs:
+    """Steps captured as CUDA graphs, until one cannot be: then none is, and a warning says why."""
+
+    def __init__(self) -> None:
+        self.wanted = True
+
+    def capture(self, plan: Plan) -> Callable[[], object] | None:
+        """The plan's step as one launch, or None."""
+        if not self.wanted:
+            return None
+        try:
+            return plan.backend.capture([launch for section in SECTIONS for launch in plan.sections[section]])
+        except CaptureError as error:
+            self.wanted = False
+            warnings.warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning, stacklevel=5)
+            return None
+
+
+@contextmanager
+def lowered(model: Layer) -> Iterator[None]:
+    """Inside, the model computes with the copies of its parameters in the compute type, if it has any."""
+    with model.arena.lowered(), model.statistics.lowered():
+        yield
 
 
 class Keeper:

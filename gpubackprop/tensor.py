@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import Backend, Buffer
+from gpubackprop.backends.base import Backend, Buffer, is_on_device
 from gpubackprop.backprop import Backprop, backward
 from gpubackprop.plan import current_layer, recording
 
@@ -309,19 +309,47 @@ def tensor(
     """
     if isinstance(array, Tensor):
         device, array = device or array.device, array.data
-    backend = get_backend(device or "cpu")
+    home = _home(array)
+    backend = get_backend(device or home)
+    if home != "cpu" and backend is not (there := get_backend(home)):
+        array = there.to_numpy(there.asarray(array))
+    elif home != "cpu":
+        return _on_device(backend.asarray(array), backend, dtype, requires_grad)
     try:
         values = np.asarray(array)
     except ValueError:
         raise ValueError("tensor: rows of equal length expected, got a ragged list; pad it") from None
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    if values.dtype.kind not in "fiub":
-        raise TypeError(f"tensor: numbers expected, got dtype {values.dtype}; convert the values to float first")
-    wanted = np.dtype(dtype) if dtype is not None else values.dtype if values.dtype in FLOATS else np.dtype(np.float64)
+    wanted = _wanted(values.dtype, dtype)
+    data = backend.empty(values.shape, wanted)
+    backend.write(data, values)
+    return Tensor(data, backend, requires_grad=requires_grad)
+
+
+def _wanted(given: np.dtype[Any], dtype: npt.DTypeLike | None) -> np.dtype[Any]:
+    """The dtype of a tensor of values of `given`: that asked for, else the same, else float64."""
+    if given.kind not in "fiub":
+        raise TypeError(f"tensor: numbers expected, got dtype {given}; convert the values to float first")
+    wanted = np.dtype(dtype) if dtype is not None else given if given in FLOATS else np.dtype(np.float64)
     if wanted not in FLOATS:
         raise TypeError(f"tensor: dtype {wanted} is not supported; choose from float32, float64")
-    data = backend.empty(values.shape, wanted)
-    data[...] = backend.asarray(values, wanted)
+    return wanted
+
+
+def _home(array: Any) -> str:
+    """The device an array lies on."""
+    if not is_on_device(array):
+        return "cpu"
+    return f"cuda:{array.__dlpack_device__()[1]}" if hasattr(array, "__dlpack_device__") else "cuda"
+
+
+def _on_device(array: Any, backend: Backend, dtype: npt.DTypeLike | None, requires_grad: bool) -> Tensor:
+    """A leaf holding a copy of an array of the backend's device."""
+    if array.dtype.kind != "f":
+        raise TypeError(f"tensor: floats expected on a device, got {array.dtype}; convert them with .astype('float32')")
+    data = backend.empty(array.shape, _wanted(array.dtype, dtype))
+    if math.prod(array.shape):
+        backend.copy(array, data).run()
     return Tensor(data, backend, requires_grad=requires_grad)
 
 

@@ -10,15 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import StepTable, Workspace
+from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
+from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.data import as_features, check_same_length
+from gpubackprop.device_data import check_one_place, on_device
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
 from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
 from gpubackprop.optimizers import OPTIMIZERS, HostMoments, Optimizer, State
-from gpubackprop.plan import Plan
+from gpubackprop.plan import Plan, run
+from gpubackprop.precision import precision as precision_named
 from gpubackprop.progress import Bar, Interrupts
-from gpubackprop.step import Keeper, Source, Step, Sums
+from gpubackprop.room import explained
+from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
 
 __all__ = ["Trainer", "TrainingDiverged"]
@@ -27,6 +31,7 @@ Array = npt.NDArray[Any]
 History = dict[str, list[float]]
 Callback = Callable[["Trainer"], object]
 KEPT_STEPS = 8
+FEWEST_ROWS = 1024  # of the step table
 
 
 class TrainingDiverged(FloatingPointError):
@@ -55,7 +60,8 @@ class Trainer:
 
     def __init__(
         self, model: Layer, loss: str | Callable[..., Tensor] = "cross_entropy", optimizer: Optimizer | str = "adam",
-        metrics: Sequence[str] | None = None, device: str = "auto", seed: int | None = None,
+        metrics: Sequence[str] | None = None, device: str = "auto", seed: int | None = None, *,
+        precision: str | None = None, clip_norm: float | None = None, cuda_graph: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(model, Layer):
             raise TypeError(
@@ -68,10 +74,16 @@ class Trainer:
             raise TypeError(f"Trainer: metrics must be a list of names, got {metrics!r}; use metrics=[{metrics!r}]")
         self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
         self.seed = seed_or_fresh(seed, "Trainer")
+        self.precision = precision_named(precision or np.dtype(model.dtype).name)
+        self.clip_norm = _clip_norm(clip_norm)
+        self.cuda_graph = cuda_graph
         self.history: History = {}
         self.epoch = self.step = 0
         if not any(p.trainable for p in model.named_parameters().values()):
             raise ValueError("Trainer: the model has no trained parameters; layers declare them as attributes")
+        if np.dtype(model.dtype) != self.precision.master:
+            model.dtype = self.precision.master
+            model._lay_out(device)
         self._prepare(device)
         model.initialize(self.seed, missing=True)
         model.output_kind = model.output_kind or self.objective.head  # what it was trained as before stays until fit
@@ -83,15 +95,17 @@ class Trainer:
             self.model.to(self.backend.device)
         self.state = State(self._optimizer, self.model.arena)
         self.state.load(moments or {})
+        self._terms = Terms(self.objective, self.precision, self.clip_norm, self.seed)
         self._space = Workspace()
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
-        self._table = self._new_table()
+        self._graphs = Graphs() if self.cuda_graph else None
+        self._table = self._new_table(FEWEST_ROWS)
         self._keeper: Keeper | None = None
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:
-        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting"}
+        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting", "_terms", "_graphs"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
         return kept | {"device": self.backend.device, "moments": self.state.host()}
 
@@ -130,13 +144,28 @@ class Trainer:
             self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")
         held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
-        epochs, batch_size, callbacks = int(epochs), min(int(batch_size), len(x)), list(callbacks)
+        batch_size = min(int(batch_size), len(x))
+        try:
+            return self._fit(x, y, int(epochs), batch_size, held_out, shuffle, list(callbacks), progress, stop_below)
+        except DeviceMemoryError as error:
+            self._steps.clear()  # and with them what the step that does not fit took already
+            raise explained(error, self, batch_size, len(x) % batch_size > 0) from None
+
+    def _fit(
+        self, x: Buffer, y: Array, epochs: int, batch_size: int, held_out: tuple[Buffer, Array] | None, shuffle: bool,
+        callbacks: Sequence[Callback], progress: bool | None, stop_below: float | None,
+    ) -> History:  # fmt: skip
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
         self.model.output_kind = self.objective.head
-        source = Source(*(self.backend.asarray(a) for a in (x, y, np.arange(len(x), dtype=np.intp))))
+        source = self._source(x, y, batch_size)
         sums = self._sums_of(y, outputs)
-        steps = self._steps_for(source, sums, batch_size)
+        if (count := -(-len(x) // batch_size)) > self._table.capacity:
+            control = self.backend.to_numpy(self._table.control)
+            self._table = self._new_table(2 * count)
+            self.backend.write(self._table.control, control)
+            self._steps.clear()  # they read the old one
+        steps = self._steps_for(source, sums, len(x), batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
         self._fitting = True
@@ -144,7 +173,7 @@ class Trainer:
             with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
                 for _ in range(epochs):
                     self._begin_epoch(source, steps, sums, shuffle)
-                    self._run_epoch(steps, sums, keeper, interrupts, bar)
+                    self._run_epoch(source, steps, sums, keeper, interrupts, bar)
                     figures = sums.figures(len(x), y)
                     if held_out is not None:
                         figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
@@ -162,24 +191,27 @@ class Trainer:
                 step.detach()
         return self.history
 
-    def _run_epoch(self, steps: Sequence[Step], sums: Sums, keeper: Keeper, interrupts: Interrupts, bar: Bar) -> None:
+    def _run_epoch(
+        self, source: Source, steps: Sequence[Step], sums: Sums, keeper: Keeper, interrupts: Interrupts, bar: Bar
+    ) -> None:
         """Run every step; where one is cut short, or a value is not finite, go back to the last good epoch."""
         begun = self.step
         for i, step in enumerate(steps):
             try:
+                source.before(i)
                 step.run()
             except BaseException:  # its launches may have run in part
                 self._go_back(keeper, begun)
                 raise
             self.step += 1
             if interrupts.pending:
-                if int(sums.bad_step) or not keeper.finite():
+                if sums.bad_step or not keeper.finite():
                     self._go_back(keeper, begun)
                 interrupts.deliver()
             if bar.shown and bar.due():
                 seen = i * steps[0].rows + step.rows
-                bar.advance(seen, sums.mean_loss(seen))
-        bad = int(sums.bad_step)
+                bar.advance(seen, sums.tally.peek() / seen)
+        bad = sums.bad_step
         if bad or not keeper.finite():
             self._go_back(keeper, begun)
             raise TrainingDiverged(self.epoch + 1, bad - begun if bad else None)
@@ -190,9 +222,16 @@ class Trainer:
         keeper.restore()
         self.step = begun
 
-    def _steps_for(self, source: Source, sums: Sums, batch_size: int) -> list[Step]:
+    def _source(self, x: Buffer, y: Array, batch_size: int) -> Source:
+        """The data where the steps take it from: on the device, or staged from the host where it would not fit."""
+        staging = None if is_on_device(x) else self.backend.staging(x, y, batch_size)
+        if staging is not None:
+            return StagedSource(self.backend, staging, len(x))
+        return Source(self.backend, self.backend.asarray(x), self.backend.asarray(y))
+
+    def _steps_for(self, source: Source, sums: Sums, n: int, batch_size: int) -> list[Step]:
         """The step of each batch of an epoch: one object per batch size, kept for later fits, fed from this source."""
-        n, columns, target = len(source.x), source.x.shape[1], source.y.shape[1:]
+        columns, target = source.x.shape[1], source.y.shape[1:]
         sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
         chosen: dict[int, Step] = {}
         for rows in dict.fromkeys(sizes):
@@ -203,22 +242,27 @@ class Trainer:
                 self._steps[key] = self._new_step(rows, columns, target, sums, self._table)
             self._steps.move_to_end(key)
             chosen[rows] = self._steps[key]
-            chosen[rows].attach(source)
+            chosen[rows].attach(source, self._graphs if rows == batch_size else None)  # the ragged batch is rare
         return [chosen[rows] for rows in sizes]
 
     def _begin_epoch(self, source: Source, steps: Sequence[Step], sums: Sums, shuffle: bool) -> None:
+        sizes, order = np.array([step.rows for step in steps]), None
         if shuffle:
-            generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
-            source.order[...] = self.backend.asarray(generator.permutation(len(source.x)), np.intp)
-        self._load(self._table, self.step + 1, np.array([step.rows for step in steps]))
+            order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(int(sizes.sum()))
+        self._load(self._table, self.step + 1, sizes, source.begin(order, sizes))
+        self._lower()
         sums.clear()
 
     def _new_step(
         self, rows: int, columns: int, target: tuple[int, ...], sums: Sums, table: StepTable, dry: bool = False
     ) -> Step:
-        return Step(
-            self.model, self.objective, self.state, table, sums, self.seed, rows, columns, target, self._space, dry
-        )
+        return Step(self.model, self._terms, self.state, table, sums, rows, columns, target, self._space, dry)
+
+    def _lower(self) -> None:
+        """Bring the copies in the compute type up to date with what anyone wrote into the weights."""
+        if self.precision.mixed:
+            for arena in (self.model.arena, self.model.statistics):
+                arena.refresh(self.precision.dtype)
 
     def _note(self, figures: dict[str, float]) -> None:
         """One more epoch; a figure that an epoch lacks is NaN there."""
@@ -228,13 +272,14 @@ class Trainer:
 
     # ---- the step table
 
-    def _new_table(self) -> StepTable:
-        return self.backend.step_table([*self.state.scalars, "1 / rows"], self.model.dtype)
+    def _new_table(self, steps: int) -> StepTable:
+        table = self.backend.step_table([*self.state.scalars, "1 / rows"], self.model.dtype, steps)
+        self.backend.write(table.control, (self.precision.scale, 1 / self.precision.scale, 1, 0))
+        return table
 
-    def _load(self, table: StepTable, first: int, sizes: npt.NDArray[np.int64]) -> None:
+    def _load(self, table: StepTable, first: int, sizes: Array, offsets: Array) -> None:
         values = self.state.table_rows(first, len(sizes)) | {"1 / rows": 1 / sizes}
-        rows = np.stack([values[c] for c in table.columns], axis=1)
-        table.load(rows, np.cumsum(sizes) - sizes, first)
+        table.load(np.stack([values[c] for c in table.columns], axis=1), offsets, first)
 
     # ---- reading
 
@@ -243,15 +288,17 @@ class Trainer:
         return self._figures(*self._data(x, y, "evaluate"))
 
     def _figures(self, x: Array, y: Array) -> dict[str, float]:
-        output, target = (Tensor(self.backend.asarray(a), self.backend) for a in (self.model.predict(x), y))
+        output, target = (Tensor(self.backend.asarray(a), self.backend) for a in (self.model._predict(x), y))
         sums = self._new_sums(y, output.shape[1])
-        sums.loss[...] = self.objective.total(output, target).data.reshape(())
-        for m, s in sums.metrics:
-            m.add(output, target, s)
+        back, total, table = self.backend, self.objective.total(output, target), self._new_table(1)
+        run(total.data, lambda: back.accumulate_loss(total.data, table, sums.tally))
+        if sums.counts:
+            run(output.data, lambda: back.top1(output.data, target.data, sums.tally))
+        sums.add(output, target)
         return sums.figures(len(y), y)
 
-    def predict(self, x: Any) -> Array:
-        """The raw output for every row (logits, for a classifier)."""
+    def predict(self, x: Any) -> Any:
+        """The raw output for every row (logits, for a classifier), in x's own kind of array."""
         return self.model.predict(x)
 
     def plan(self, batch_size: int = 128) -> Plan:
@@ -263,19 +310,27 @@ class Trainer:
         outputs = self._outputs(columns, batch_size, training=True)
         classes = self.objective.classes
         y = np.zeros((batch_size,) if classes else (batch_size, outputs), np.int64 if classes else self.model.dtype)
-        table = self._new_table()
-        self._load(table, 1, np.array([batch_size]))
+        table = self._new_table(1)
+        self._load(table, 1, np.array([batch_size]), np.zeros(1, np.int64))
+        with Plan(self.backend, dry=True, space=self._space).record("copies"):
+            self._lower()
         step = self._new_step(batch_size, columns, y.shape[1:], self._new_sums(y, outputs), table, dry=True)
         x = self.backend.empty((batch_size, columns), self.model.dtype)
-        x[...] = 0
-        step.attach(Source(x, *(self.backend.asarray(a) for a in (y, np.arange(batch_size, dtype=np.intp)))))
+        self.backend.write(x, 0)
+        step.attach(Source(self.backend, x, self.backend.asarray(y)))
         step.run()
         return step.plan
 
     # ---- data
 
-    def _data(self, x: Any, y: Any, where: str) -> tuple[Array, Array]:
-        rows = as_features(x, self.model.dtype, self.model.inputs, where)
+    def _data(self, x: Any, y: Any, where: str) -> tuple[Buffer, Array]:
+        """x as checked rows, where it lies; y as checked targets on the host."""
+        check_one_place(x, y, where)
+        if is_on_device(x):
+            rows = on_device(x, self.backend, self.model.dtype, self.model.inputs, where, "x")
+            y = self.backend.to_numpy(self.backend.asarray(y))
+        else:
+            rows = as_features(x, self.model.dtype, self.model.inputs, where)
         check_same_length(rows, y, where)
         return rows, self.objective.targets(y, self.model.dtype, self._outputs(rows.shape[1], 2), where)
 
@@ -316,6 +371,16 @@ class Trainer:
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def _clip_norm(given: Any) -> float:
+    if given is None:
+        return math.inf
+    if isinstance(given, bool) or not isinstance(given, Real):
+        raise TypeError(f"Trainer: clip_norm must be a number or None, got {type(given).__name__} {given!r}")
+    if not 0 < float(given) < math.inf:
+        raise ValueError(f"Trainer: clip_norm must be positive and finite, got {given}; None does not clip")
+    return float(given)
 
 
 def _optimizer(given: Any) -> Optimizer:

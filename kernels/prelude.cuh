@@ -43,19 +43,37 @@ using T = float;
 using R = float;
 #endif
 
+// What a kernel that converts reads (S) and writes (O); T unless the unit says otherwise.
+#ifndef SOURCE
+#define SOURCE T
+#endif
+#ifndef OUTPUT
+#define OUTPUT T
+#endif
+using S = SOURCE;
+using O = OUTPUT;
+
 using Index = long long;  // a batch of 2^31 elements is within reach, and i += step must not wrap
 using Word = unsigned int;
 using Long = unsigned long long;
 
-constexpr int LANES = 16 / sizeof(T);  // elements in one vector
-constexpr int THREADS = 256;           // the most in a block
+[[maybe_unused]] constexpr int LANES = 16 / sizeof(T);  // elements in one vector
+[[maybe_unused]] constexpr int THREADS = 256;           // the most in a block
+
+// What kernels promise the compiler: the threads of a block, and how many blocks a multiprocessor shall hold at least.
+// Where the second is left out, ptxas spills registers in order to hold more.
+#ifdef __CUDACC__
+#define BOUNDS THREADS, 2
+#else
+#define BOUNDS THREADS
+#endif
 
 // ---- vectors --------------------------------------------------------------------------------------------------------
 
-// W consecutive elements as they are stored: one access of up to 16 bytes.
-template <int W>
-struct alignas(W * sizeof(T)) Packed {
-    T at[W];
+// W consecutive elements as they are stored: accesses of up to 16 bytes.
+template <int W, typename E>
+struct alignas(W * sizeof(E) < 16 ? W * sizeof(E) : 16) Packed {
+    E at[W];
 };
 
 // W consecutive elements as they are computed with.
@@ -66,19 +84,19 @@ struct Vector {
     DEVICE R operator[](int lane) const { return at[lane]; }
 };
 
-template <int W>
-DEVICE Vector<W> load(const T* __restrict__ x) {
-    const Packed<W> packed = *reinterpret_cast<const Packed<W>*>(x);
+template <int W, typename E>
+DEVICE Vector<W> load(const E* __restrict__ x) {
+    const Packed<W, E> packed = *reinterpret_cast<const Packed<W, E>*>(x);
     Vector<W> v;
     UNROLL for (int lane = 0; lane < W; ++lane) v[lane] = R(packed.at[lane]);
     return v;
 }
 
-template <int W>
-DEVICE void store(T* x, const Vector<W>& v) {
-    Packed<W> packed;
-    UNROLL for (int lane = 0; lane < W; ++lane) packed.at[lane] = T(v[lane]);
-    *reinterpret_cast<Packed<W>*>(x) = packed;
+template <int W, typename E>
+DEVICE void store(E* x, const Vector<W>& v) {
+    Packed<W, E> packed;
+    UNROLL for (int lane = 0; lane < W; ++lane) packed.at[lane] = E(v[lane]);
+    *reinterpret_cast<Packed<W, E>*>(x) = packed;
 }
 
 // The bits of a pointer that say how far it lies past a boundary of 16 bytes.
@@ -95,8 +113,6 @@ FUNCTION(log, logf, log)
 FUNCTION(log1p, log1pf, log1p)
 FUNCTION(expm1, expm1f, expm1)
 FUNCTION(sqrt, sqrtf, sqrt)
-FUNCTION(sin, sinf, sin)
-FUNCTION(cos, cosf, cos)
 FUNCTION(tanh, tanhf, tanh)
 FUNCTION(abs, fabsf, fabs)
 #undef FUNCTION

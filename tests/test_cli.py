@@ -16,7 +16,10 @@ from safetensors.numpy import load_file
 
 import gpubackprop as gb
 from gpubackprop import cli, runs
+from gpubackprop.backends import why_not_cuda
 from gpubackprop.checkpoint import load_model, read_metadata, save_model
+
+without_gpu = pytest.mark.skipif(why_not_cuda() is None, reason="CUDA works here")
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +132,41 @@ def test_every_optimizer_learns_the_digits_by_its_default_rate():
     for name in runs.RATES:
         output = run("train", "digits", "--optimizer", name, "--epochs", 15)
         assert float(line_of(output, "held out").split()[-1]) > 0.95, name
+
+
+@pytest.mark.parametrize("precision, weights", [("tf32", "float32"), ("float16", "float32"), ("bfloat16", "float32"),
+                                                ("float64", "float64")])  # fmt: skip
+def test_precision_and_clipping_reach_the_run(precision, weights, folder):
+    output = run(
+        "train", "digits", "--epochs", 5, "--precision", precision, "--clip-norm", 2, "--out", "m", "--json", "j"
+    )
+    computed = "" if precision == weights else f", computed in {precision}"
+    assert line_of(output, "network").endswith(f"19,210 parameters, {weights}{computed}")
+    assert line_of(output, "training").endswith("learning rate 0.003, clipped to norm 2")
+    assert float(line_of(output, "held out").split()[-1]) > 0.9
+    assert {a.dtype for a in load_file("m").values()} == {np.dtype(weights)}
+    report = json.loads((folder / "j").read_text())
+    assert (report["precision"], report["clip_norm"], report["cuda_graph"]) == (precision, 2, False)
+    trainer = runs.Run("digits", runs.read("digits"), runs.Recipe(precision=precision, clip_norm=2)).trainer
+    assert (trainer.precision.name, trainer.clip_norm) == (precision, 2)
+
+
+def test_a_regression_in_half_precision(folder):
+    write_line(folder / "line.csv")
+    output = run("train", "line.csv", "--target", "worth", "--precision", "float16", "--out", "m")
+    assert float(line_of(output, "held out").split()[-1]) > 0.98
+    assert float(run("evaluate", "m", "line.csv").split()[-1]) > 0.98
+
+
+def test_a_graph_that_cannot_be_is_warned_of_in_one_line():
+    trainer = runs.Run("digits", runs.read("digits"), runs.Recipe(cuda_graph=True, epochs=1)).trainer
+    assert trainer.cuda_graph
+    done = launch(
+        "train", "digits", "--epochs", 1, "--cuda-graph", "--device", "cpu", stdout=subprocess.DEVNULL, strict=()
+    )
+    assert done.returncode == 0
+    [line] = done.stderr.splitlines()
+    assert re.fullmatch("gpubackprop: warning: cuda_graph: the CPU has no CUDA graphs; .*", line)
 
 
 def test_quiet_prints_nothing():
@@ -319,9 +357,9 @@ def test_json_replaces_no_file_without_force(folder):
         assert json.loads((folder / "j").read_text())["data"] == "digits"
 
 
-def launch(*arguments, **options):
-    """A finished process of the command."""
-    command = [sys.executable, "-W", "error", "-m", "gpubackprop", *map(str, arguments)]
+def launch(*arguments, strict=("-W", "error"), **options):
+    """A finished process of the command, whose warnings are errors."""
+    command = [sys.executable, *strict, "-m", "gpubackprop", *map(str, arguments)]
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, **{"env": environment()} | options)
 
 
@@ -396,6 +434,44 @@ def test_explain_prints_the_plan_and_trains_nothing(folder):
     assert fails("explain", "--sizes", "2").startswith("mlp: ")
 
 
+@without_gpu
+def test_explain_plans_for_cuda_without_a_gpu():
+    digits = run("explain", "--device", "cuda")
+    title, *_, launches, elementwise, optimizer = digits.splitlines()
+    assert title.startswith(
+        f"planned without a GPU ({why_not_cuda()}): training step of 32 rows, 19,210 parameters on "
+    )
+    output = run("explain", "--device", "cuda", "--sizes", "784,512,512,10", "--dropout", 0, "--batch-size", 128)
+    *_, launches, elementwise, optimizer = output.splitlines()
+    assert launches == "launches eager: 17; with a CUDA graph: 1"
+    assert 1 <= ratio(elementwise, "elementwise") <= 1.1 and 1 <= ratio(optimizer, "optimizer") <= 1.1
+    clipped = run("explain", "--device", "cuda", "--sizes", "784,512,512,10", "--dropout", 0, "--clip-norm", 1)
+    assert "launches eager: 18; with" in clipped and "gradient norm" in clipped
+    for name in ("sgd", "adamw"):
+        assert f" {name} " in run("explain", "--device", "cuda", "--optimizer", name)
+
+
+def ratio(line, part):
+    return float(re.fullmatch(rf"{part}: [\d,]+ bytes, ([\d.]+) of the least", line)[1])
+
+
+def test_explain_says_nothing_of_cuda_on_the_cpu():
+    assert "CUDA graph" not in run("explain", "--device", "cpu")
+
+
+@without_gpu
+def test_explain_models_a_gpu(folder):
+    output = run("explain", "--gpu", "h100", "--precision", "bfloat16")
+    assert "planned without a GPU" in output and "launches eager" in output
+    line = line_of(output, "roofline MODEL of one NVIDIA H100 SXM, not a measurement: ")
+    assert "3,350 GB/s for what" in line and "989.4 TFLOP/s in bfloat16 products" in line
+    run("train", "digits", "--epochs", 1, "--out", "m", "--quiet")
+    assert "roofline MODEL of one NVIDIA T4, " in run("explain", "m", "--gpu", "t4")
+    assert fails("explain", "--gpu", "h100", "--device", "cpu") == (
+        "explain: --gpu models a step on CUDA, but --device is cpu; leave one out")  # fmt: skip
+    assert "'gtx1080' is not one of" in run("explain", "--gpu", "gtx1080", status=2)
+
+
 def test_kernels():
     names = run("kernels").split()
     assert {"gelu", "adam"} <= set(names)
@@ -408,10 +484,13 @@ def test_info_and_version():
     output = run("info")
     for word in (gb.__version__, np.__version__, "BLAS", "Python", "click", "tqdm", "safetensors", "devices", "cpu"):
         assert word in output
+    for label in ("driver", "CuPy", "bfloat16", "compiler"):
+        assert line_of(output, label)
+    assert why_not_cuda() is None or line_of(output, "not CUDA").endswith(why_not_cuda())
     assert run("--version") == f"gpubackprop {gb.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "explain", "kernels", "info"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "explain", "kernels", "info", "doctor"])
 def test_help_has_an_example(command):
     output = run(*command.split(), "--help")
     assert "  gpubackprop " in output
@@ -450,6 +529,8 @@ def test_bad_data_is_one_line(folder):
     (["--out", "none/m"], "none/m: there is no folder"),
     (["--out", "."], "is a folder"),
     (["--json", "none/m"], "none/m: there is no folder"),
+    (["--clip-norm", 0], "clip_norm must be positive and finite, got 0.0"),
+    (["--dtype", "float64", "--precision", "float16"], "precision float16 keeps weights in float32, not in the dtype"),
     (["--out", "m", "--json", "./m"], "is the file of --out, which would be lost"),
 ])  # fmt: skip
 def test_bad_settings_end_before_training(options, message, folder):
@@ -625,4 +706,4 @@ def test_the_module_is_the_command():
 
 def test_the_entry_point_is_a_click_group():
     assert isinstance(cli.main, click.Group)
-    assert set(cli.main.commands) == {"train", "evaluate", "predict", "explain", "kernels", "info"}
+    assert set(cli.main.commands) == {"train", "evaluate", "predict", "explain", "kernels", "info", "doctor"}

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,16 @@ LEVELS = [
     {"backprop"},
     {"tensor", "operands", "shapes", "ops"},
     {"data", "fused", "gradients", "arena", "initializers"},
-    {"datasets", "predictor"},
+    {"datasets", "device_data"},
+    {"predictor"},
     {"model"},
-    {"layers", "losses", "metrics", "optimizers", "tables"},
+    {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
     {"step", "progress", "checkpoint"},
+    {"room"},
     {"trainer"},
     {"__init__"},
-    {"runs"},
+    {"runs", "installation", "parity", "roofline"},
+    {"doctor"},
     {"cli"},
     {"__main__"},
 ]
@@ -55,6 +59,13 @@ def test_imports_point_one_way(path):
     known = set().union(*LEVELS)
     assert own in known, "a new module: give it a level"
     assert {m for m in imported(path) & known if level(m) > level(own)} == set(), f"{own} imports from above itself"
+
+
+def test_one_module_imports_cupy():
+    """The rest reaches CuPy through it, so that what is asked of CuPy can be checked in one place."""
+    pattern = re.compile(r"^\s*(?:import|from) (?:cupy|cupyx|cupy_backends)\b", re.MULTILINE)
+    found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if pattern.search(p.read_text())}
+    assert found == {str(Path("backends", "cupy.py"))}
 
 
 def run_python(code: str) -> str:

@@ -374,7 +374,7 @@ def test_profiling_puts_every_buffer_back(model, rng):
 
 
 def test_profiling_does_not_advance_the_step_table():
-    steps, p = BACK.step_table(["lr"], np.float64), np.zeros(2)
+    steps, p = BACK.step_table(["lr"], np.float64, 3), np.zeros(2)
     steps.load(np.array([[1.0], [10.0], [100.0]]), np.arange(3), 1)
     plan = Plan(BACK)
     with plan.record("update"):

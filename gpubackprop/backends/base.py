@@ -1,18 +1,25 @@
-"""What a backend is: primitives that bind buffers into launches, and the step table that launches read scalars from."""
+"""What a backend is: primitives that bind buffers into launches, and what a training step reads and leaves behind."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.formulas import Expr
+from gpubackprop.formulas import Expr, walk
 
-__all__ = ["Backend", "Buffer", "Graph", "Launch", "StepTable", "Workspace", "use_workspace", "workspace"]
+__all__ = [
+    "CONTROL", "GROWTH_STEPS", "LARGEST_SCALE", "Backend", "Buffer", "CaptureError", "Graph", "Launch", "Staging",
+    "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "flops_of", "is_on_device", "tf32",
+    "use_tf32", "use_workspace", "workspace",
+]  # fmt: skip
 
 Buffer = Any  # a NumPy or CuPy array: C-contiguous unless a primitive says otherwise
 Graph = Mapping[str, Expr]  # what an elementwise launch assigns: output name -> expression
@@ -36,14 +43,57 @@ class Launch:
         return sum(int(b.nbytes) for b in (*self.reads, *self.writes))
 
 
+CONTROL = {"scale": 0, "factor": 1, "ok": 2, "good": 3}
+KDL_CUDA = 2  # of DLPack's device types
+GROWTH_STEPS, LARGEST_SCALE = 2000, 2.0**24  # of a dynamic loss scale
+
+
+class CaptureError(RuntimeError):
+    """Launches could not be captured as a CUDA graph; the message says why."""
+
+
 class StepTable(Protocol):
-    """What changes from step to step: a table in device memory, read at the row of a counter that updates advance."""
+    """What changes from step to step: a table in device memory, read at the row of a counter that updates advance.
+
+    Updates read the row of the steps applied, which stands still where one is skipped; all else reads the step's row.
+    `control` holds, at the places CONTROL names: the scale of the loss; the factor of the gradient in the update; 1 if
+    the gradient was finite, else 0; and the good steps since the scale last changed.
+    """
 
     columns: tuple[str, ...]
+    capacity: int  # the most rows it takes
+    control: Buffer
 
     def load(self, rows: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64], first: int) -> None:
         """Take new rows (steps, columns), rounded once to the table's type, the row offset of each step's batch,
         and the number of the first step, counted over the whole training from 1."""
+
+
+class Tally(Protocol):
+    """What the steps of an epoch add up on the device."""
+
+    def clear(self) -> None:
+        """Start anew."""
+
+    def read(self) -> tuple[float, int, int]:
+        """(loss, the first step whose loss was not finite or 0, rows whose largest output stood at the label)."""
+
+    def peek(self) -> float:
+        """The loss as of a moment ago, without waiting for the device."""
+
+
+class Staging(Protocol):
+    """Two places on the device, of `rows` rows each in x and y, that are filled from the host beside the work there."""
+
+    x: Buffer
+    y: Buffer
+    rows: int
+
+    def put(self, slot: int, index: npt.NDArray[np.intp]) -> None:
+        """Gather these rows of the data and send them to the place, once what was given so far has read it."""
+
+    def ready(self, slot: int) -> None:
+        """Have what is given from here on wait until the place is filled."""
 
 
 class Workspace:
@@ -77,6 +127,73 @@ def use_workspace(space: Workspace) -> Iterator[None]:
         _workspace.reset(token)
 
 
+def arithmetic(dtype: npt.DTypeLike) -> np.dtype[Any]:
+    """What values of a type are computed in: float32 for 16-bit types, else the type itself."""
+    dtype = np.dtype(dtype)
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+
+
+def is_on_device(a: Any) -> bool:
+    """Whether an array lies on a CUDA device, by what it offers: the CUDA array interface or DLPack."""
+    if hasattr(a, "__cuda_array_interface__"):
+        return True
+    return hasattr(a, "__dlpack_device__") and int(a.__dlpack_device__()[0]) == KDL_CUDA
+
+
+_tf32: ContextVar[bool] = ContextVar("tf32", default=False)
+
+
+def tf32() -> bool:
+    """Whether float32 products bound now may round their operands to 10 bits of mantissa."""
+    return _tf32.get()
+
+
+@contextmanager
+def use_tf32(use: bool) -> Iterator[None]:
+    """Float32 products bound inside may, or may not, round their operands to TF32."""
+    token = _tf32.set(use)
+    try:
+        yield
+    finally:
+        _tf32.reset(token)
+
+
+# ---- what every backend checks -----------------------------------------------------------------------------------
+
+
+def expect(label: str, holds: bool, got: str) -> None:
+    """Raise unless the shapes fit."""
+    if not holds:
+        raise ValueError(f"{label}: shapes do not fit: {got}")
+
+
+def common(
+    label: str, reads: Mapping[str, Buffer], writes: Mapping[str, Buffer], extra: Sequence[Buffer] = ()
+) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape the operands broadcast to, which every write must have, and the type they are computed in.
+
+    That is their one dtype, or float32 for 16-bit operands, beside which float32 ones may stand.
+    """
+    arrays = [*writes.values(), *reads.values(), *extra]
+    dtypes = {a.dtype for a in arrays}
+    narrow = {d for d in dtypes if d.itemsize == 2}
+    if len(dtypes - {np.dtype(np.float32)} if narrow else dtypes) != 1:
+        raise TypeError(f"{label}: operands of one dtype expected, got {', '.join(str(a.dtype) for a in arrays)}")
+    shape = np.broadcast_shapes(*(a.shape for a in (*reads.values(), *writes.values())))
+    expect(label, all(a.shape == shape for a in writes.values()), f"{[a.shape for a in arrays]}")
+    return shape, np.dtype(np.float32) if narrow else arrays[0].dtype
+
+
+def flops_of(graph: Graph, shape: tuple[int, ...]) -> int:
+    """Operations of an elementwise launch."""
+    return math.prod(shape) * _operations(tuple(graph.values()))
+
+
+@cache
+def _operations(roots: tuple[Expr, ...]) -> int:
+    return sum(1 for node in walk(roots) if node.args)
+
+
 class Backend(Protocol):
     """Primitives bind and check; what one cannot do is an error, never a silent detour.
 
@@ -94,9 +211,24 @@ class Backend(Protocol):
     def asarray(self, array: Any, dtype: npt.DTypeLike | None = None) -> Buffer: ...
     def to_numpy(self, buffer: Buffer) -> npt.NDArray[Any]: ...
     def synchronize(self) -> None: ...
-    def step_table(self, columns: Sequence[str], dtype: npt.DTypeLike) -> StepTable: ...
+    def memory(self) -> tuple[int, int] | None:
+        """(free, total) bytes of the device; None where buffers lie in the host's memory."""
+
+    def write(self, buffer: Buffer, value: Any) -> None:
+        """buffer[...] = value: a buffer, or a host array or number, with which it may wait for the device."""
+
+    def step_table(self, columns: Sequence[str], dtype: npt.DTypeLike, steps: int) -> StepTable:
+        """A table with these columns and room for that many rows."""
+
+    def staging(self, x: npt.NDArray[Any], y: npt.NDArray[Any], rows: int) -> Staging | None:
+        """Places for batches of data that stay on the host; None for data that the device has room for."""
+
+    def tally(self, dtype: npt.DTypeLike) -> Tally: ...
     def sequence(self, launches: Sequence[Launch]) -> Callable[[], object]:
         """One call that runs the launches in order."""
+
+    def capture(self, launches: Sequence[Launch]) -> Callable[[], object]:
+        """One call that runs the launches, captured as one; CaptureError, which says why, if that cannot be."""
 
     # ---- primitives
     def elementwise(
@@ -116,9 +248,41 @@ class Backend(Protocol):
         """
 
     def elementwise_sum(
-        self, name: str, graph: Graph, reads: Mapping[str, Buffer], out: Buffer, *, what: str = ""
+        self,
+        name: str,
+        graph: Graph,
+        reads: Mapping[str, Buffer],
+        total: Buffer,
+        writes: Mapping[str, Buffer] = MappingProxyType({}),
+        *,
+        table: StepTable | None = None,
+        tally: Tally | None = None,
+        what: str = "",
     ) -> Launch:
-        """out = Σ graph over all elements (out has shape ())."""
+        """total = Σ graph["total"] over all elements, of shape (), added to the tally too; writes[k] = graph[k]."""
+
+    def update(
+        self,
+        name: str,
+        graph: Graph,
+        arrays: Mapping[str, Buffer],
+        table: StepTable,
+        *,
+        groups: Sequence[slice] = (),
+        advance: bool = False,
+        what: str = "",
+    ) -> Launch:
+        """arrays[k] = graph[k] over vectors of one length, in place; advance=True: the table moves on to the next step.
+
+        Names that are not arrays are columns of the table at the row of the steps applied. With `groups`, ranges that
+        cut the vectors at multiples of 64, group i reads the column "name [i]".
+        """
+
+    def gradient_norm(self, g: Buffer, table: StepTable, *, clip: float, dynamic: bool) -> Launch:
+        """From n = ‖g‖₂ / scale into table.control: ok = n is finite; factor = min(1, clip / n) / scale, 0 if not ok.
+
+        dynamic: the next step's scale is halved after a gradient that is not finite, and doubled after 2,000 good ones.
+        """
 
     def elementwise_columns(
         self,
@@ -140,7 +304,7 @@ class Backend(Protocol):
         """out = op(a) @ op(b), of matrices or of equal stacks of them; an operand without the stack axis serves all."""
 
     def copy(self, x: Buffer, out: Buffer, *, accumulate: bool = False) -> Launch:
-        """out = x broadcast to out's shape; either may be a strided view."""
+        """out = x broadcast to out's shape and cast to its type; either may be a strided view."""
 
     def fill(self, out: Buffer, value: float) -> Launch:
         """out = value."""
@@ -154,14 +318,30 @@ class Backend(Protocol):
     def scatter_add(self, dy: Buffer, index: Buffer, out: Buffer) -> Launch:
         """out[:, index[i]] += dy[:, i], in the order of i: deterministic."""
 
-    def feed(self, source: Buffer, permutation: Buffer, table: StepTable, out: Buffer) -> Launch:
-        """out = source[permutation[offset : offset + len(out)]], the offset being this step's."""
+    def feed(
+        self, source_x: Buffer, source_y: Buffer, order: Buffer, table: StepTable, x: Buffer, y: Buffer, scale: float
+    ) -> Launch:
+        """x, y = scale · source_x, source_y at order[offset : offset + len(x)], the offset being this step's."""
 
-    def softmax_cross_entropy(self, x: Buffer, target: Buffer, residual: Buffer, total: Buffer) -> Launch:
-        """total = Σ_rows −Σ_k t·log softmax(x), residual = (Σt)·softmax(x) − t; target holds labels or rows t."""
+    def softmax_cross_entropy(
+        self,
+        x: Buffer,
+        target: Buffer,
+        dx: Buffer,
+        total: Buffer,
+        *,
+        table: StepTable | None = None,
+        tally: Tally | None = None,
+        count: bool = False,
+    ) -> Launch:
+        """total = Σ_rows −Σ_k t·log softmax(x), also added to the tally; dx = s · ((Σt)·softmax(x) − t).
 
-    def top1(self, x: Buffer, labels: Buffer, count: Buffer) -> Launch:
-        """count += the number of rows whose largest element stands at the label."""
+        target holds labels or rows t. s = 1, or with a table its column "1 / rows" times the scale of the loss.
+        count=True adds to the tally the rows whose largest element stands at the label.
+        """
+
+    def top1(self, x: Buffer, labels: Buffer, tally: Tally) -> Launch:
+        """tally += the number of rows whose largest element stands at the label."""
 
     def normalize(
         self,
@@ -171,18 +351,18 @@ class Backend(Protocol):
         axis: int,
         eps: float,
         out: Buffer,
-        xhat: Buffer,
         mean: Buffer,
         variance: Buffer,
         rstd: Buffer,
     ) -> Launch:
-        """xhat = (x − mean) / √(var + eps) along the axis of a matrix, out = gain · xhat + bias per column."""
+        """out = gain · (x − mean) / √(var + eps) + bias, statistics along the axis of a matrix, gain per column."""
 
     def normalize_backward(
         self,
         dy: Buffer,
-        xhat: Buffer,
+        x: Buffer,
         gain: Buffer,
+        mean: Buffer,
         rstd: Buffer,
         axis: int,
         dx: Buffer | None,
@@ -190,7 +370,8 @@ class Backend(Protocol):
         dbias: Buffer | None,
         accumulate: tuple[bool, bool, bool],
     ) -> Launch:
-        """dx = rstd · (d − mean(d) − xhat · mean(d · xhat)), d = gain · dy; dgain = Σ dy · xhat; dbias = Σ dy."""
+        """dx = rstd · (d − mean(d) − x̂ · mean(d · x̂)), d = gain · dy, x̂ = (x − mean) · rstd; dgain = Σ dy · x̂;
+        dbias = Σ dy."""
 
     def dropout(
         self,
@@ -205,8 +386,8 @@ class Backend(Protocol):
     ) -> Launch:
         """out = x / (1 − rate) where Philox keeps the element, else 0; the backward is the same launch on dy."""
 
-    def accumulate_loss(self, total: Buffer, table: StepTable, out: Buffer, bad_step: Buffer) -> Launch:
-        """out += total; the first step whose total is not finite is noted in bad_step (0 while there is none)."""
+    def accumulate_loss(self, total: Buffer, table: StepTable, tally: Tally) -> Launch:
+        """tally += total; the first step whose total is not finite is noted."""
 
     def advance(self, table: StepTable) -> Launch:
         """Move on to the next step's row."""

@@ -2,17 +2,33 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import chunked, rows
-from gpubackprop.backends.base import Graph, Launch, StepTable, workspace
-from gpubackprop.formulas import Expr, apply, describe, hoist, name, walk
+from gpubackprop.backends.base import (
+    GROWTH_STEPS,
+    LARGEST_SCALE,
+    CaptureError,
+    Graph,
+    Launch,
+    StepTable,
+    Tally,
+    arithmetic,
+    common,
+    expect,
+    flops_of,
+    tf32,
+    workspace,
+)  # fmt: skip
+from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally, Wide
+from gpubackprop.formulas import apply, describe, free_names, hoist, name
 
-__all__ = ["NumpyBackend", "NumpyStepTable"]
+__all__ = ["NumpyBackend", "NumpyStepTable", "NumpyTally"]
 
 Array = npt.NDArray[Any]
 Call = Callable[[], object]
@@ -31,42 +47,6 @@ class Calls:
         with np.errstate(all="ignore"):
             for call in self.calls:
                 call()
-
-
-class NumpyStepTable:
-    """The step table in host memory; launches read the row in force through 0-d views of one buffer."""
-
-    def __init__(self, columns: Sequence[str], dtype: npt.DTypeLike) -> None:
-        self.columns = tuple(columns)
-        self.row = np.zeros(len(self.columns), dtype)
-        self.counter = np.zeros((), np.int64)
-        self.load(np.zeros((1, len(self.columns))), np.zeros(1, np.int64), 1)
-
-    def load(self, rows: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64], first: int) -> None:
-        """Take the rows of the coming steps; see StepTable."""
-        with np.errstate(over="ignore"):  # a learning rate beyond float32 diverges, and is reported as that
-            self.rows, self.offsets, self.first = rows.astype(self.row.dtype), offsets, first
-        self.counter[...] = -1
-        self.advance()
-
-    def advance(self) -> None:
-        """Move on to the next row; past the last one the row in force stays."""
-        self.counter += 1
-        if self.counter < len(self.rows):
-            self.row[...] = self.rows[self.counter]
-
-    def step(self) -> int:
-        """The number of the step in force, counted over the whole training from 1."""
-        return self.first + int(self.counter)
-
-    def offset(self) -> int:
-        """The first row of the batch in force."""
-        return int(self.offsets[min(int(self.counter), len(self.offsets) - 1)])
-
-    def scalar(self, column: str) -> Array:
-        """The column's value in force, as a 0-d view that follows it."""
-        i = self.columns.index(column)
-        return self.row[i : i + 1].reshape(())
 
 
 class NumpyBackend:
@@ -96,13 +76,31 @@ class NumpyBackend:
     def synchronize(self) -> None:
         """Wait for the device; here every call has finished when it returns."""
 
-    def step_table(self, columns: Sequence[str], dtype: npt.DTypeLike) -> NumpyStepTable:
-        """A step table with these columns."""
+    def memory(self) -> None:
+        """The host's; see Backend."""
+
+    def write(self, buffer: Array, value: Any) -> None:
+        """buffer[...] = value."""
+        buffer[...] = value
+
+    def step_table(self, columns: Sequence[str], dtype: npt.DTypeLike, steps: int) -> NumpyStepTable:
+        """A step table with these columns; it has room for any number of rows."""
         return NumpyStepTable(columns, dtype)
+
+    def staging(self, x: Array, y: Array, rows: int) -> None:
+        """The data is here already."""
+
+    def tally(self, dtype: npt.DTypeLike) -> NumpyTally:
+        """A tally of zeros."""
+        return NumpyTally()
 
     def sequence(self, launches: Sequence[Launch]) -> Call:
         """One call that runs the launches in order, unrolled into one flat list."""
         return Calls([c for launch in launches for c in getattr(launch.run, "calls", (launch.run,))])
+
+    def capture(self, launches: Sequence[Launch]) -> Call:
+        """Nothing to capture with; see Backend."""
+        raise CaptureError("the CPU has no CUDA graphs")
 
     # ---- elementwise
 
@@ -114,29 +112,32 @@ class NumpyBackend:
         if accumulate:
             graph = {k: apply("+", name(k), e) for k, e in graph.items()}
             reads = {**reads, **writes}
-        shape, dtype = _common(label, reads, writes)
+        shape, dtype = common(label, reads, writes)
         what = what or "; ".join(f"{k} = {describe(e)}" for k, e in graph.items())
-        scalars = {}
-        if table is not None:
-            graph, hoisted = hoist(graph, reads)
-            scalars = {k: _numpy(table).scalar(describe(e)) for k, e in hoisted.items()}
-        calls = chunked.bind(graph, {**reads, **scalars}, writes, shape, dtype, workspace())
-        return _launch(label, what, reads, writes, _flops(graph, shape), calls)
+        graph, scalars = _scalars(graph, reads, table)
+        calls = _elementwise(graph, reads, writes, shape, dtype, scalars)
+        return _launch(label, what, reads, writes, flops_of(graph, shape), calls)
 
     def elementwise_sum(
-        self, label: str, graph: Graph, reads: Mapping[str, Array], out: Array, *, what: str = ""
-    ) -> Launch:
-        """out = Σ graph; see Backend."""
-        shape, dtype = _common(label, {**reads, "out": out}, {})
+        self, label: str, graph: Graph, reads: Mapping[str, Array], total: Array,
+        writes: Mapping[str, Array] = MappingProxyType({}), *, table: StepTable | None = None,
+        tally: Tally | None = None, what: str = "",
+    ) -> Launch:  # fmt: skip
+        """total = Σ graph["total"]; writes[k] = graph[k]; see Backend."""
+        shape, dtype = common(label, {**reads, "total": total}, writes)
+        what = what or f"total = Σ {describe(graph['total'])}"
         partials = np.zeros(sum(1 for _ in chunked.chunks(shape)) if math.prod(shape) else 1, dtype)
 
         def add_up(values: Array, n: int) -> list[Call]:
             return [partial(np.add.reduce, values, None, None, partials[n : n + 1].reshape(()))]
 
-        calls = chunked.bind(graph, reads, {}, shape, dtype, workspace(), add_up)
-        calls.append(partial(np.add.reduce, partials, None, None, out))
-        what = what or f"Σ {describe(next(iter(graph.values())))}"
-        return _launch(label, what, reads, {"out": out}, _flops(graph, shape) + math.prod(shape), calls)
+        graph, scalars = _scalars(dict(sorted(graph.items(), key=lambda item: item[0] != "total")), reads, table)
+        calls = _elementwise(graph, reads, writes, shape, dtype, scalars, add_up)
+        calls.append(partial(np.add.reduce, partials, None, None, total))
+        if tally is not None:
+            calls.append(_tally(tally).adding(total, _numpy(table)))
+        flops = flops_of(graph, shape) + math.prod(shape)
+        return _launch(label, what, reads, {"total": total, **writes} | _buffers(tally), flops, calls)
 
     def elementwise_columns(
         self, label: str, graph: Graph, reads: Mapping[str, Array], out: Array, columns: Array, *,
@@ -144,13 +145,57 @@ class NumpyBackend:
     ) -> Launch:  # fmt: skip
         """out = graph and columns = its column sums; see Backend."""
         [(key, root)] = graph.items()
-        shape, dtype = _common(label, reads, {key: out})
-        _expect(label, columns.shape == shape[:-2] + shape[-1:], f"column sums {columns.shape} of {shape}")
+        shape, dtype = common(label, reads, {key: out})
+        expect(label, columns.shape == shape[:-2] + shape[-1:], f"column sums {columns.shape} of {shape}")
         in_place = root.op == "name" and reads[str(root.value)] is out
-        calls = [] if in_place else chunked.bind(graph, reads, {key: out}, shape, dtype, workspace())
-        calls += rows.column_sum(out, columns, accumulate)
+        wide = Wide()
+        inputs = {k: wide.read(a) for k, a in reads.items()}
+        to = wide.read(out) if in_place else wide.write(out)
+        calls = [] if in_place else chunked.bind(graph, inputs, {key: to}, shape, dtype, workspace())
+        calls = wide.around([*calls, *rows.column_sum(to, wide.write(columns, accumulate), accumulate)])
         what = what or f"{key} = {describe(root)}; columns = Σ {key}"
-        return _launch(label, what, reads, {key: out, "columns": columns}, _flops(graph, shape) + out.size, calls)
+        writes = {"columns": columns} if in_place else {key: out, "columns": columns}
+        return _launch(label, what, reads, writes, flops_of(graph, shape) + out.size, calls)
+
+    def update(
+        self, label: str, graph: Graph, arrays: Mapping[str, Array], table: StepTable, *,
+        groups: Sequence[slice] = (), advance: bool = False, what: str = "",
+    ) -> Launch:  # fmt: skip
+        """arrays[k] = graph[k] over vectors, scalars by group; see Backend."""
+        shape, dtype = common(label, arrays, {k: arrays[k] for k in graph})
+        used = {k: arrays[k] for k in free_names(*graph.values()) if k in arrays}
+        writes = {k: arrays[k] for k in graph}
+        calls: list[Call] = []
+        for i, part in enumerate(groups or [slice(None)]):
+            reads, outs = ({k: a[part] if a.size > 1 else a for k, a in d.items()} for d in (used, writes))
+            inner, scalars = _scalars(graph, used, table, f" [{i}]" if groups else "", applied=True)
+            calls += _elementwise(inner, reads, outs, outs[next(iter(outs))].shape, dtype, scalars)
+        steps = _numpy(table)
+        if advance:
+            calls.append(steps.advance)
+        more = {"counters": steps.counters, "row": steps.row} if advance else {}
+        return _launch(label, what, used, {**writes, **more}, flops_of(graph, shape), calls)
+
+    def gradient_norm(self, g: Array, table: StepTable, *, clip: float, dynamic: bool) -> Launch:
+        """The norm of the gradient and what follows from it; see Backend."""
+        control, work = _numpy(table).control, np.empty((), g.dtype)
+        flat = g.reshape(-1)
+
+        def follow() -> None:
+            np.dot(flat, flat, work)
+            norm, scale = math.sqrt(work), float(control[0])
+            ok = math.isfinite(norm)
+            control[1] = min(1.0, clip * scale / norm if norm else 1.0) / scale if ok else 0.0
+            control[2] = ok
+            if dynamic:
+                control[3] = control[3] + 1 if ok else 0
+                if not ok:
+                    control[0] = max(scale / 2, 1.0)
+                elif control[3] >= GROWTH_STEPS:
+                    control[0], control[3] = min(scale * 2, LARGEST_SCALE), 0
+
+        what = f"n = ‖g‖; g is scaled by min(1, {clip:g} / n) in the update" if math.isfinite(clip) else "n = ‖g‖"
+        return _launch("gradient norm", what, {"g": g}, {"control": control}, 2 * g.size, [follow])
 
     # ---- products, copies, reductions
 
@@ -159,24 +204,32 @@ class NumpyBackend:
         accumulate: bool = False, what: str = "",
     ) -> Launch:  # fmt: skip
         """out = op(a) @ op(b); see Backend."""
-        _common("gemm", {"out": out}, {}, extra=(a, b))
-        _expect("gemm", a.ndim >= 2 and b.ndim >= 2, f"{a.shape} @ {b.shape} into {out.shape}")
-        left = a.swapaxes(-1, -2) if transpose_a else a
-        right = b.swapaxes(-1, -2) if transpose_b else b
+        common("gemm", {"out": out}, {}, extra=(a, b))
+        expect("gemm", a.ndim >= 2 and b.ndim >= 2, f"{a.shape} @ {b.shape} into {out.shape}")
+        wide = Wide()
+        rounding: list[Call] = []
+        left, right = (rows.as_tf32(wide.read(x), rounding) if tf32() else wide.read(x) for x in (a, b))
+        left, right = left.swapaxes(-1, -2) if transpose_a else left, right.swapaxes(-1, -2) if transpose_b else right
         (m, k), n = left.shape[-2:], right.shape[-1]
         stacks = {s for s in (a.shape[:-2], b.shape[:-2]) if s}
         fits = right.shape[-2] == k and len(stacks) <= 1 and out.shape == (*next(iter(stacks), ()), m, n)
-        _expect("gemm", fits and out.ndim <= 3, f"{left.shape} @ {right.shape} into {out.shape}")
+        expect("gemm", fits and out.ndim <= 3, f"{left.shape} @ {right.shape} into {out.shape}")
         product = np.dot if out.ndim == 2 else np.matmul  # dot reaches BLAS half a microsecond sooner
         what = what or f"out {'+' * accumulate}= a{'ᵀ' * transpose_a} @ b{'ᵀ' * transpose_b}"
-        calls = rows.adding(partial(product, left, right), out, accumulate)
+        calls = rows.adding(partial(product, left, right), wide.write(out, accumulate), accumulate)
+        calls = wide.around([*rounding, *calls])
         return _launch("gemm", what, {"a": a, "b": b}, {"out": out}, 2 * out.size * k, calls)
 
     def copy(self, x: Array, out: Array, *, accumulate: bool = False) -> Launch:
         """out = x broadcast; see Backend."""
-        _common("copy", {"x": x}, {"out": out})
-        call = partial(np.add, out, x, out) if accumulate else partial(np.copyto, out, x)
-        return _launch("copy", f"out {'+' * accumulate}= x", {"x": x}, {"out": out}, 0, [call])
+        expect("copy", np.broadcast_shapes(x.shape, out.shape) == out.shape, f"{x.shape} into {out.shape}")
+        wide = Wide()
+        if accumulate:
+            into, from_ = wide.write(out, keep=True), wide.read(x)
+            calls = wide.around([partial(np.add, into, from_, into)])
+        else:
+            calls = [partial(np.copyto, out, x, "unsafe")]  # from one float type to another, where they differ
+        return _launch("copy", f"out {'+' * accumulate}= x", {"x": x}, {"out": out}, 0, calls)
 
     def fill(self, out: Array, value: float) -> Launch:
         """out = value; see Backend."""
@@ -185,84 +238,111 @@ class NumpyBackend:
     def reduce(self, kind: str, x: Array, axes: tuple[int, ...], out: Array, *, accumulate: bool = False) -> Launch:
         """out = kind of x over the axes; see Backend."""
         reduced = tuple(n for i, n in enumerate(x.shape) if i not in axes)
-        _expect(kind, kind in REDUCTIONS and out.shape == reduced, f"{x.shape} over axes {axes} into {out.shape}")
+        expect(kind, kind in REDUCTIONS and out.shape == reduced, f"{x.shape} over axes {axes} into {out.shape}")
+
+        wide = Wide()
+        from_, to = wide.read(x), wide.write(out, accumulate)
+        share = np.array(out.size / max(1, x.size), to.dtype)
 
         def compute(into: Array) -> None:
-            REDUCTIONS[kind].reduce(x, axes, None, into)
+            REDUCTIONS[kind].reduce(from_, axes, None, into)
             if kind == "mean":
                 np.multiply(into, share, into)
 
-        share = np.array(out.size / max(1, x.size), x.dtype)
-        calls = rows.adding(compute, out, accumulate)
+        calls = wide.around(rows.adding(compute, to, accumulate))
         return _launch(kind, f"{kind} over axes {axes}", {"x": x}, {"out": out}, x.size, calls)
 
     def gather(self, x: Array, index: Array, out: Array) -> Launch:
         """out[:, i] = x[:, index[i]]; see Backend."""
-        _expect("gather", out.shape == (x.shape[0], index.size, x.shape[2]), f"{x.shape} into {out.shape}")
+        expect("gather", out.shape == (x.shape[0], index.size, x.shape[2]), f"{x.shape} into {out.shape}")
         call = partial(x.take, index.reshape(-1), 1, out, "clip")  # any other mode buffers `out`
         return _launch("gather", "out[:, i] = x[:, index[i]]", {"x": x, "index": index}, {"out": out}, 0, [call])
 
     def scatter_add(self, dy: Array, index: Array, out: Array) -> Launch:
         """out[:, index[i]] += dy[:, i]; see Backend."""
-        _expect("scatter_add", dy.shape == (out.shape[0], index.size, out.shape[2]), f"{dy.shape} into {out.shape}")
+        expect("scatter_add", dy.shape == (out.shape[0], index.size, out.shape[2]), f"{dy.shape} into {out.shape}")
         where: Any = (slice(None), index.reshape(-1))
-        call = partial(np.add.at, out, where, dy)
+        wide = Wide()
+        calls = wide.around([partial(np.add.at, wide.write(out, keep=True), where, wide.read(dy))])
         what = "out[:, index[i]] += dy[:, i]"
-        return _launch("scatter_add", what, {"dy": dy, "index": index}, {"out": out}, dy.size, [call])
+        return _launch("scatter_add", what, {"dy": dy, "index": index}, {"out": out}, dy.size, calls)
 
     # ---- the training step
 
-    def feed(self, source: Array, permutation: Array, table: StepTable, out: Array) -> Launch:
-        """out = this step's rows of the permuted source; see Backend."""
-        fits = source.shape[1:] == out.shape[1:] and source.dtype == out.dtype
-        _expect("feed", fits, f"{source.shape} {source.dtype} into {out.shape} {out.dtype}")
-        n, steps = len(out), _numpy(table)
+    def feed(
+        self, source_x: Array, source_y: Array, order: Array, table: StepTable, x: Array, y: Array, scale: float
+    ) -> Launch:
+        """x, y = this step's rows of the data in the given order; see Backend."""
+        fits = source_x.shape[1:] == x.shape[1:] and source_y.shape[1:] == y.shape[1:] and source_y.dtype == y.dtype
+        expect("feed", fits and len(x) == len(y), f"{source_x.shape}, {source_y.shape} into {x.shape}, {y.shape}")
+        n, steps, factor = len(x), _numpy(table), np.array(scale, arithmetic(x.dtype))
+        same = source_x.dtype == x.dtype and scale == 1
 
         def take() -> None:
             start = steps.offset()
-            source.take(permutation[start : start + n], 0, out, "clip")
+            batch = order[start : start + n]
+            if same:
+                source_x.take(batch, 0, x, "clip")
+            else:
+                np.multiply(source_x[batch], factor, x, casting="unsafe")
+            source_y.take(batch, 0, y, "clip")
 
-        return _launch("feed", "the batch's rows of the data", {"rows": out}, {"out": out}, 0, [take])
+        reads = {"rows of x": _like(source_x, x), "rows of y": y}  # bytes are those of the batch, not of all the data
+        return _launch("feed", "the batch's rows of the data", reads, {"x": x, "y": y}, 0, [take])
 
-    def softmax_cross_entropy(self, x: Array, target: Array, residual: Array, total: Array) -> Launch:
-        """total and residual of the rows; see Backend."""
-        fits = target.shape in ((len(x),), x.shape) and residual.shape == x.shape
-        _expect("softmax_cross_entropy", fits, f"logits {x.shape} with target {target.shape}")
-        calls = rows.softmax_cross_entropy(x, target, residual, total)
-        what = "total = Σ −t·log softmax(x); residual = softmax(x) − t"
-        reads, writes = {"x": x, "target": target}, {"residual": residual, "total": total}
-        return _launch("softmax_cross_entropy", what, reads, writes, 8 * x.size, calls)
+    def softmax_cross_entropy(
+        self, x: Array, target: Array, dx: Array, total: Array, *, table: StepTable | None = None,
+        tally: Tally | None = None, count: bool = False,
+    ) -> Launch:  # fmt: skip
+        """total and dx of the rows; see Backend."""
+        fits = target.shape in ((len(x),), x.shape) and dx.shape == x.shape
+        expect("softmax_cross_entropy", fits, f"logits {x.shape} with target {target.shape}")
+        wide = Wide()
+        logits, t, out = wide.read(x), wide.read(target), wide.write(dx)
+        calls = rows.softmax_cross_entropy(logits, t, out, total)
+        if table is not None:
+            share, scale = _numpy(table).scalar("1 / rows"), table.control[:1].reshape(())
+            factor = np.empty((), out.dtype)
+            calls += [partial(np.multiply, share, scale, factor), partial(np.multiply, out, factor, out)]
+        if tally is not None:
+            calls.append(_tally(tally).adding(total, _numpy(table)))
+        if tally is not None and count:
+            calls.append(_tally(tally).counting(logits, target))
+        what = f"total = Σ −t·log softmax(x); dx = {'(softmax(x) − t) / rows' if table else 'softmax(x) − t'}"
+        reads, writes = {"x": x, "target": target}, {"dx": dx, "total": total} | _buffers(tally)
+        return _launch("softmax_cross_entropy", what, reads, writes, 8 * x.size, wide.around(calls))
 
-    def top1(self, x: Array, labels: Array, count: Array) -> Launch:
-        """count += rows whose largest element stands at the label; see Backend."""
-        best, hit = np.empty(len(x), np.intp), np.empty(len(x), bool)
-
-        def add() -> None:
-            x.argmax(1, best)
-            np.equal(best, labels, hit)
-            count[...] += np.count_nonzero(hit)
-
-        what = "count += argmax(x) == label"
-        return _launch("top1", what, {"x": x, "labels": labels}, {"count": count}, x.size, [add])
+    def top1(self, x: Array, labels: Array, tally: Tally) -> Launch:
+        """tally += rows whose largest element stands at the label; see Backend."""
+        wide, counts = Wide(), _tally(tally)
+        calls = wide.around([counts.counting(wide.read(x), labels)])
+        reads, writes = {"x": x, "labels": labels}, {"correct": counts.correct}
+        return _launch("top1", "correct += argmax(x) == label", reads, writes, x.size, calls)
 
     def normalize(
-        self, x: Array, gain: Array, bias: Array, axis: int, eps: float, out: Array, xhat: Array, mean: Array,
-        variance: Array, rstd: Array,
+        self, x: Array, gain: Array, bias: Array, axis: int, eps: float, out: Array, mean: Array, variance: Array,
+        rstd: Array,
     ) -> Launch:  # fmt: skip
         """Standardise along the axis, then scale and shift; see Backend."""
-        calls = rows.normalize(x, gain, bias, axis, eps, out, xhat, mean, variance, rstd)
         reads = {"x": x, "gain": gain, "bias": bias}
-        writes = {"out": out, "xhat": xhat, "mean": mean, "variance": variance, "rstd": rstd}
+        writes = {"out": out, "mean": mean, "variance": variance, "rstd": rstd}
+        wide = Wide()
+        r, w = [wide.read(a) for a in reads.values()], [wide.write(a) for a in writes.values()]
+        calls = wide.around(rows.normalize(axis, eps, *r, *w))
         return _launch("normalize", "out = gain · (x − mean) / √(var + eps) + bias", reads, writes, 8 * x.size, calls)
 
     def normalize_backward(
-        self, dy: Array, xhat: Array, gain: Array, rstd: Array, axis: int, dx: Array | None, dgain: Array | None,
-        dbias: Array | None, accumulate: tuple[bool, bool, bool],
+        self, dy: Array, x: Array, gain: Array, mean: Array, rstd: Array, axis: int, dx: Array | None,
+        dgain: Array | None, dbias: Array | None, accumulate: tuple[bool, bool, bool],
     ) -> Launch:  # fmt: skip
         """All three gradients of `normalize`; see Backend."""
-        calls = rows.normalize_backward(dy, xhat, gain, rstd, axis, dx, dgain, dbias, accumulate)
-        reads = {"dy": dy, "xhat": xhat, "gain": gain, "rstd": rstd}
-        writes = {k: v for k, v in (("dx", dx), ("dgain", dgain), ("dbias", dbias)) if v is not None}
+        reads = {"dy": dy, "x": x, "gain": gain, "mean": mean, "rstd": rstd}
+        outs = (("dx", dx), ("dgain", dgain), ("dbias", dbias))
+        wide = Wide()
+        r = [wide.read(a) for a in reads.values()]
+        w = [None if a is None else wide.write(a, adds) for (_, a), adds in zip(outs, accumulate, strict=True)]
+        calls = wide.around(rows.normalize_backward(axis, accumulate, *r, *w))
+        writes = {k: v for k, v in outs if v is not None}
         what = "dx = rstd · (d − mean(d) − x̂ · mean(d · x̂)), d = gain · dy; gain and bias gradients"
         return _launch("normalize_backward", what, reads, writes, 12 * dy.size, calls)
 
@@ -279,28 +359,21 @@ class NumpyBackend:
     ) -> Launch:
         """out = x / (1 − rate) where kept, else 0; see Backend."""
         number = (lambda: int(step)) if isinstance(step, int | np.integer) else _numpy(step).step
-        calls = rows.dropout(x, rate, seed, site, number, out, accumulate)
+        wide = Wide()
+        calls = rows.dropout(wide.read(x), rate, seed, site, number, wide.write(out, accumulate), accumulate)
         what = f"out {'+' * accumulate}= x / {1 - rate:g} where kept, else 0"
-        return _launch("dropout", what, {"x": x}, {"out": out}, x.size, calls)
+        return _launch("dropout", what, {"x": x}, {"out": out}, x.size, wide.around(calls))
 
-    def accumulate_loss(self, total: Array, table: StepTable, out: Array, bad_step: Array) -> Launch:
-        """out += total, noting the first step that is not finite; see Backend."""
-        steps = _numpy(table)
-
-        def add() -> None:
-            value = float(total)
-            out[...] += value
-            if not math.isfinite(value) and not bad_step:
-                bad_step[...] = steps.step()
-
-        return _launch(
-            "accumulate_loss", "loss += total", {"total": total}, {"loss": out, "bad_step": bad_step}, 1, [add]
-        )
+    def accumulate_loss(self, total: Array, table: StepTable, tally: Tally) -> Launch:
+        """tally += total; see Backend."""
+        sums = _tally(tally)
+        call = sums.adding(total, _numpy(table))
+        return _launch("accumulate_loss", "loss += total", {"total": total}, sums.buffers, 1, [call])
 
     def advance(self, table: StepTable) -> Launch:
         """Move on to the next row; see Backend."""
         steps = _numpy(table)
-        writes = {"counter": steps.counter, "row": steps.row}
+        writes = {"counters": steps.counters, "row": steps.row}
         return _launch("advance", "next row of the step table", {}, writes, 0, [steps.advance])
 
 
@@ -313,33 +386,44 @@ def _launch(
     return Launch(label, what, tuple(reads.values()), tuple(writes.values()), flops, Calls(calls))
 
 
-def _expect(label: str, holds: bool, got: str) -> None:
-    if not holds:
-        raise ValueError(f"{label}: shapes do not fit: {got}")
+def _scalars(
+    graph: Graph, reads: Mapping[str, Array], table: StepTable | None, suffix: str = "", *, applied: bool = False
+) -> tuple[Graph, Mapping[str, Array]]:
+    """The graph with its expressions of scalars alone as names, and those names' places in the step table."""
+    if table is None:
+        return graph, {}
+    inner, hoisted = hoist(graph, reads)
+    steps = _numpy(table)
+    return inner, {k: steps.scalar(describe(e) + suffix, applied=applied) for k, e in hoisted.items()}
 
 
-def _common(
-    label: str, reads: Mapping[str, Array], writes: Mapping[str, Array], extra: Sequence[Array] = ()
-) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """The shape the operands broadcast to, which every write must have, and their one dtype."""
-    arrays = [*writes.values(), *reads.values(), *extra]
-    if len({a.dtype for a in arrays}) != 1:
-        raise TypeError(f"{label}: operands of one dtype expected, got {', '.join(str(a.dtype) for a in arrays)}")
-    shape = np.broadcast_shapes(*(a.shape for a in (*reads.values(), *writes.values())))
-    _expect(label, all(a.shape == shape for a in writes.values()), f"{[a.shape for a in arrays]}")
-    return shape, arrays[0].dtype
+def _elementwise(
+    graph: Graph, reads: Mapping[str, Array], writes: Mapping[str, Array], shape: tuple[int, ...],
+    dtype: np.dtype[Any], scalars: Mapping[str, Array] = MappingProxyType({}),
+    after: Callable[[Array, int], list[Call]] | None = None,
+) -> list[Call]:  # fmt: skip
+    wide = Wide()
+    inputs = {k: wide.read(a) for k, a in reads.items()}
+    outputs = {k: wide.write(a) for k, a in writes.items()}
+    return wide.around(chunked.bind(graph, {**inputs, **scalars}, outputs, shape, dtype, workspace(), after))
 
 
-def _flops(graph: Graph, shape: tuple[int, ...]) -> int:
-    return math.prod(shape) * _operations(tuple(graph.values()))
+def _like(source: Array, x: Array) -> Array:
+    """An array of x's shape and the source's dtype that takes no memory: for counting bytes."""
+    return np.broadcast_to(np.empty((), source.dtype), x.shape)
 
 
-@cache
-def _operations(roots: tuple[Expr, ...]) -> int:
-    return sum(1 for node in walk(roots) if node.args)
-
-
-def _numpy(table: StepTable) -> NumpyStepTable:
+def _numpy(table: StepTable | None) -> NumpyStepTable:
     if not isinstance(table, NumpyStepTable):
         raise TypeError(f"step table of another backend: {type(table).__name__}")
     return table
+
+
+def _tally(tally: Tally) -> NumpyTally:
+    if not isinstance(tally, NumpyTally):
+        raise TypeError(f"tally of another backend: {type(tally).__name__}")
+    return tally
+
+
+def _buffers(tally: Tally | None) -> dict[str, Array]:
+    return {} if tally is None else _tally(tally).buffers

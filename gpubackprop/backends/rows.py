@@ -10,7 +10,7 @@ import numpy.typing as npt
 from gpubackprop.backends.chunked import INTEGERS
 from gpubackprop.backends.philox import Draws
 
-__all__ = ["adding", "column_sum", "dropout", "normalize", "normalize_backward", "softmax_cross_entropy"]
+__all__ = ["adding", "as_tf32", "column_sum", "dropout", "normalize", "normalize_backward", "softmax_cross_entropy"]
 
 Array = npt.NDArray[Any]
 Call = Callable[[], object]
@@ -59,30 +59,32 @@ def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array
 
 
 def normalize(
-    x: Array, gain: Array, bias: Array, axis: int, eps: float, out: Array, xhat: Array, mean: Array, variance: Array,
-    rstd: Array,
-) -> list[Call]:  # fmt: skip
-    """xhat = (x − mean) / √(variance + eps) along the axis, out = gain · xhat + bias; the variance from centred x."""
+    axis: int, eps: float, x: Array, gain: Array, bias: Array, out: Array, mean: Array, variance: Array, rstd: Array
+) -> list[Call]:
+    """out = gain · (x − mean) / √(variance + eps) + bias, statistics along the axis; the variance from centred x."""
     keep = tuple(1 if i == axis else n for i, n in enumerate(x.shape))
     centre, spread, scale = (a.reshape(keep) for a in (mean, variance, rstd))
+    centred = np.empty_like(x)
     share, small, one = (np.array(v, x.dtype) for v in (1 / x.shape[axis], eps, 1))
     return [
         partial(np.add.reduce, x, axis, None, centre, True), partial(np.multiply, centre, share, centre),
-        partial(np.subtract, x, centre, xhat), partial(np.multiply, xhat, xhat, out),
+        partial(np.subtract, x, centre, centred), partial(np.multiply, centred, centred, out),
         partial(np.add.reduce, out, axis, None, spread, True), partial(np.multiply, spread, share, spread),
         partial(np.add, spread, small, scale), partial(np.sqrt, scale, scale), partial(np.divide, one, scale, scale),
-        partial(np.multiply, xhat, scale, xhat), partial(np.multiply, xhat, gain, out), partial(np.add, out, bias, out),
+        partial(np.multiply, centred, scale, centred), partial(np.multiply, centred, gain, out),
+        partial(np.add, out, bias, out),
     ]  # fmt: skip
 
 
 def normalize_backward(
-    dy: Array, xhat: Array, gain: Array, rstd: Array, axis: int, dx: Array | None, dgain: Array | None,
-    dbias: Array | None, accumulate: tuple[bool, bool, bool],
+    axis: int, accumulate: tuple[bool, bool, bool], dy: Array, x: Array, gain: Array, mean: Array, rstd: Array,
+    dx: Array | None, dgain: Array | None, dbias: Array | None,
 ) -> list[Call]:  # fmt: skip
-    """dx = rstd · (d − mean(d) − xhat · mean(d · xhat)) with d = gain · dy; dgain = Σ dy · xhat; dbias = Σ dy."""
+    """The gradients of `normalize` in dx, dgain and dbias; see Backend."""
     keep = tuple(1 if i == axis else n for i, n in enumerate(dy.shape))
-    work, part = np.empty_like(dy), np.empty(keep, dy.dtype)
-    calls: list[Call] = []
+    centre, scale = mean.reshape(keep), rstd.reshape(keep)
+    work, xhat, part = np.empty_like(dy), np.empty_like(dy), np.empty(keep, dy.dtype)
+    calls: list[Call] = [partial(np.subtract, x, centre, xhat), partial(np.multiply, xhat, scale, xhat)]
     if dbias is not None:
         calls += column_sum(dy, dbias, accumulate[2])
     if dgain is not None:
@@ -94,9 +96,24 @@ def normalize_backward(
             partial(np.add.reduce, work, axis, None, part, True), partial(np.multiply, part, share, part),
             partial(np.multiply, xhat, part, work), partial(np.add.reduce, d, axis, None, part, True),
             partial(np.multiply, part, share, part), partial(np.subtract, d, part, d), partial(np.subtract, d, work, d),
-            *adding(partial(np.multiply, d, rstd.reshape(keep)), dx, accumulate[0]),
+            *adding(partial(np.multiply, d, scale), dx, accumulate[0]),
         ]  # fmt: skip
     return calls
+
+
+def as_tf32(x: Array, calls: list[Call]) -> Array:
+    """A copy of float32 x that `calls` will fill with x rounded to 10 bits of mantissa, ties to even; else x itself."""
+    if x.dtype != np.float32:
+        return x
+    out = np.empty(x.shape, np.float32)
+    bits, odd = out.view(np.int32), np.empty(x.shape, np.int32)
+    half, keep, thirteen, one = (np.array(v, np.int32) for v in (0x0FFF, ~0x1FFF, 13, 1))
+    calls += [
+        partial(np.copyto, out, x), partial(np.right_shift, bits, thirteen, odd),
+        partial(np.bitwise_and, odd, one, odd), partial(np.add, bits, half, bits), partial(np.add, bits, odd, bits),
+        partial(np.bitwise_and, bits, keep, bits),
+    ]  # fmt: skip
+    return out
 
 
 def dropout(

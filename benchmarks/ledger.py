@@ -1,0 +1,223 @@
+"""The ledger: what every kernel compiles to for every architecture, what must not get worse, and what may never be.
+
+kernels/ledger.csv has a line for each kernel and choice of types; a cell is one value, or one for each architecture
+where they differ. It names the compiler and disassembler it was written with: with others only the absolute rules hold.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gpubackprop.backends import codegen
+
+from .audit import Accesses, Facts, measure
+from .cuda import ARCHITECTURES, CompileError, compile_cuda, disassemble
+from .inventory import NARROW, Entry, Unit, declared, generated, units
+
+__all__ = ["ALLOWANCE", "COLUMNS", "PATH", "Ledger", "Measured", "compiled", "measured", "value_for", "violations"]
+
+PATH = codegen.sources() / "ledger.csv"
+ALLOWANCE = 2  # more registers than in the ledger that are no regression yet; occupancy may not fall at all
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A kernel as compiled for one architecture, with which compiler and disassembler."""
+
+    entry: Entry
+    architecture: str
+    block: int  # the most threads
+    facts: Facts
+    tools: str
+    mismatch: str = ""  # between the parameters in the PTX and the signature
+
+    def __str__(self) -> str:
+        return f"{self.entry.name} {self.entry.variant} {self.architecture}"
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+def measured(jobs: Iterable[tuple[Entry, str]]) -> Iterator[Measured]:
+    """Each entry compiled for its architecture, on every core; CompileError if the compiler has a word to say."""
+    wanted: dict[str, list[Entry]] = {}
+    for entry, architecture in jobs:
+        wanted.setdefault(architecture, []).append(entry)
+    work = [(unit, architecture) for architecture, entries in wanted.items() for unit in units(entries)]
+    work.sort(key=lambda job: -len(job[0].source))  # the longest first, so that all cores end together
+    said = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads will do: the work is NVRTC's and nvdisasm's
+        for future in [pool.submit(compiled, *job) for job in work]:
+            try:
+                yield from future.result()
+            except CompileError as error:
+                said.append(str(error))
+    if said:
+        raise CompileError("\n".join(said))
+
+
+def compiled(unit: Unit, architecture: str) -> list[Measured]:
+    """What is measured of a unit's entries."""
+    try:
+        code = compile_cuda(unit.source, architecture)
+    except CompileError as error:
+        first = unit.entries[0]
+        raise CompileError(f"{first.name} {first.variant} {architecture} and its unit:\n{error}") from None
+    functions = disassemble(code.cubin)
+    heads = dict(re.findall(r"\.entry (\w+)(.*?)\{", code.ptx, re.DOTALL))
+    made = []
+    for entry in unit.entries:
+        function, head = functions[entry.name], heads[entry.name]
+        parameters = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)", head)
+        expected = declared(unit.source, entry.name, entry.dtype)
+        mismatch = "" if parameters == expected else f"{', '.join(parameters)} for {', '.join(expected)}"
+        limit = re.search(r"\.maxntid (\d+)", head)
+        block = int(limit[1]) if limit else 1024
+        tools = f"NVRTC {code.version}, nvdisasm {function.disassembler}"
+        made.append(Measured(entry, architecture, block, measure(function, architecture, block), tools, mismatch))
+    return made
+
+
+# ---- absolute rules ------------------------------------------------------------------------------------------------
+
+
+def violations(m: Measured) -> list[str]:
+    """What no kernel may have, whatever the compiler."""
+    f = m.facts
+    broken = {
+        f"spills: {f.spills[0]} stores, {f.spills[1]} loads": any(f.spills),
+        f"{f.local} bytes of local memory a thread": f.local,
+        f"{f.double} instructions of 64-bit arithmetic": f.double and m.entry.dtype != "float64",
+        f"{f.float_atomics} atomics of floats": f.float_atomics,
+        f"a scalar main loop: loads {f.loop_loads}, stores {f.loop_stores}": not _vectors(m.entry, f),
+        f"{f.split} accesses of the main loop side by side, which could be vectors": f.split,
+        f"parameters {m.mismatch}": m.mismatch,
+    }
+    return [f"{m}: {what}" for what, is_so in broken.items() if is_so]
+
+
+def _vectors(entry: Entry, f: Facts) -> bool:
+    """Whether the main loop has accesses of 16 bytes. Generated kernels have no others there, but where operands
+    broadcast, and move the bytes per element that their headers state."""
+    widths = f.loop_loads + f.loop_stores
+    kernel = generated().get(entry.name)
+    if kernel is None:
+        return entry.name in NARROW or max(widths, default=0) >= 128
+    if isinstance(kernel, codegen.Broadcast):
+        return min(f.loop_stores, default=0) >= 128
+    lanes = 16 // codegen.ITEMSIZE[entry.dtype]
+    return min(widths, default=0) >= 128 and sum(widths) // 8 % (lanes * entry.bytes) == 0
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def _widths(accesses: Accesses) -> str:
+    return " ".join(str(width) for width in dict.fromkeys(accesses)) or "-"
+
+
+COLUMNS: dict[str, Callable[[Measured], str]] = {
+    "bytes": lambda m: str(m.entry.bytes),
+    "block": lambda m: str(m.block),
+    "registers": lambda m: str(m.facts.registers),
+    "occupancy %": lambda m: str(m.facts.occupancy),
+    "shared": lambda m: str(m.facts.shared),
+    "local": lambda m: str(m.facts.local),
+    "spill stores": lambda m: str(m.facts.spills[0]),
+    "spill loads": lambda m: str(m.facts.spills[1]),
+    "fp64": lambda m: str(m.facts.double),
+    "float atomics": lambda m: str(m.facts.float_atomics),
+    "integer atomics": lambda m: str(m.facts.integer_atomics),
+    "loop loads": lambda m: _widths(m.facts.loop_loads),
+    "loop stores": lambda m: _widths(m.facts.loop_stores),
+    "loads": lambda m: _widths(m.facts.loads),
+    "stores": lambda m: _widths(m.facts.stores),
+}
+
+
+@dataclass
+class Ledger:
+    """The lines, by kernel and choice of types; a line maps each column to its cell."""
+
+    tools: str
+    lines: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, results: Iterable[Measured]) -> "Ledger":
+        """The ledger of a whole matrix."""
+        grouped: dict[tuple[str, str], dict[str, Measured]] = {}
+        for m in results:
+            grouped.setdefault((m.entry.name, m.entry.variant), {})[m.architecture] = m
+        lines = {
+            key: {column: _cell([text(line[a]) for a in ARCHITECTURES]) for column, text in COLUMNS.items()}
+            for key, line in sorted(grouped.items())
+        }
+        return cls(next(iter(next(iter(grouped.values())).values())).tools, lines)
+
+    @classmethod
+    def read(cls, path: Path = PATH) -> "Ledger":
+        """What `write` has written."""
+        with path.open(encoding="utf-8", newline="") as file:
+            tools = next(file).removeprefix("# ").partition(";")[0]
+            lines = {(line.pop("kernel"), line.pop("types")): line for line in csv.DictReader(file)}
+        return cls(tools, lines)
+
+    def write(self, path: Path = PATH) -> None:
+        """One line for each kernel and choice of types."""
+        with path.open("w", encoding="utf-8", newline="") as file:
+            file.write(
+                f"# {self.tools}; {'|'.join(ARCHITECTURES)}; written by: python -m benchmarks kernels --update\n"
+            )
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["kernel", "types", *COLUMNS])
+            writer.writerows([*key, *line.values()] for key, line in self.lines.items())
+
+    def regressions(self, m: Measured) -> list[str]:
+        """What is worse than the ledger has it; nothing under other tools, whose code is theirs."""
+        if m.tools != self.tools:
+            return []
+        line = self.lines.get((m.entry.name, m.entry.variant))
+        if line is None:
+            return [f"{m}: is not in the ledger"]
+        old = {column: value_for(m.architecture, cell) for column, cell in line.items()}
+        new = {column: text(m) for column, text in COLUMNS.items()}
+        worse = [column for column, is_worse in WORSE.items() if is_worse(old[column], new[column])]
+        return [f"{m}: {column} {new[column]}, in the ledger {old[column]}" for column in worse]
+
+
+def _cell(values: list[str]) -> str:
+    return values[0] if len(set(values)) == 1 else "|".join(values)
+
+
+def value_for(architecture: str, cell: str) -> str:
+    """What a cell has for one architecture."""
+    values = cell.split("|")
+    return values[ARCHITECTURES.index(architecture)] if len(values) > 1 else cell
+
+
+def _more(allowed: int = 0) -> Callable[[str, str], bool]:
+    return lambda old, new: int(new) > int(old) + allowed
+
+
+def _narrower(old: str, new: str) -> bool:
+    """Whether the widest or the narrowest access is narrower, or there is none any more."""
+    was, now = ([int(width) for width in text.split()] if text != "-" else [0] for text in (old, new))
+    return max(now) < max(was) or min(now) < min(was)
+
+
+WORSE: Mapping[str, Callable[[str, str], bool]] = {
+    "bytes": _more(),
+    "registers": _more(ALLOWANCE),
+    "occupancy %": lambda old, new: int(new) < int(old),
+    "local": _more(),
+    "spill stores": _more(),
+    "spill loads": _more(),
+    "fp64": _more(),
+    "float atomics": _more(),
+    "loop loads": _narrower,
+    "loop stores": _narrower,
+}

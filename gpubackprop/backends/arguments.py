@@ -1,0 +1,119 @@
+"""A graph of formulas with the buffers it reads and writes, each under one name: what becomes a kernel's arguments."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from gpubackprop.backends import skeletons
+from gpubackprop.backends.base import Buffer, Graph, StepTable
+from gpubackprop.formulas import Expr, apply, describe, free_names, hoist, name, walk
+
+__all__ = ["Formula", "steps_of"]
+
+
+class Formula:
+    """The graph over names a0, a1, …, one for each array however many it had; s0, s1, … are columns of the table.
+
+    `__restrict__` asks for that: no two names of a kernel stand for one array.
+    """
+
+    def __init__(
+        self, graph: Graph, reads: Mapping[str, Buffer], writes: Mapping[str, Buffer], table: StepTable | None,
+        address: Callable[[Buffer], int], suffix: str = "",
+    ) -> None:  # fmt: skip
+        names: dict[str, str] = {}
+        known: dict[Any, str] = {}
+        self.arrays: dict[str, Buffer] = {}
+        for key, array in (*writes.items(), *reads.items()):
+            names[key] = known.setdefault((address(array), array.shape, array.strides, array.dtype), f"a{len(known)}")
+            self.arrays[names[key]] = array
+        self.graph: Graph = _renamed(graph, names)
+        hoisted: Mapping[str, Expr] = {}
+        if table is not None:
+            self.graph, hoisted = hoist(self.graph, self.arrays)
+        used = {*self.graph, *free_names(*self.graph.values())}
+        self.arrays = {k: a for k, a in self.arrays.items() if k in used}
+        self.table = hoisted
+        self.places = _places(table, hoisted, suffix) if hoisted else {}
+        self.dtype = min((a.dtype for a in self.arrays.values()), key=lambda d: d.itemsize)
+        self.lanes = 16 // self.dtype.itemsize
+        self.writes = [k for k, e in self.graph.items() if k in self.arrays and e != name(k)]
+
+    @property
+    def reads(self) -> list[str]:
+        """The arrays it reads and does not write, but for those of one element."""
+        return [k for k in self.arrays if k not in self.graph and k not in self.single]
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """The arrays of one element that it reads, beside larger ones or ones that it writes."""
+        ones = tuple(k for k, a in self.arrays.items() if k not in self.graph and a.size == 1)
+        return ones if len(ones) < len(self.arrays) else ()
+
+    def irregular(self, shape: tuple[int, ...], *, per_column: bool = True) -> bool:
+        """Whether an operand neither has the shape, C-contiguous, nor one element, nor (if allowed) one per column."""
+        allowed = set(self.per_column(shape)) if per_column else set()
+        return any(not _whole(self.arrays[k], shape) and k not in allowed for k in self.reads)
+
+    def per_column(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The operands (columns,) or (members, 1, columns), broadcast over the rows; none if they differ in that."""
+        others = [k for k in self.reads if not _whole(self.arrays[k], shape)]
+        forms = set()
+        for key in others:
+            a = self.arrays[key]
+            padded = (1,) * (len(shape) - a.ndim) + a.shape
+            members = padded[0] if len(shape) == 3 and padded[1] == 1 else 1
+            if padded[-1] != shape[-1] or a.size != members * shape[-1] or not a.flags.c_contiguous:
+                return ()
+            if members not in (1, shape[0]):
+                return ()
+            forms.add(members)
+        return tuple(others) if len(forms) == 1 else ()
+
+    def source(self, skeleton: str, label: str, **options: Any) -> tuple[str, str]:
+        """(source, name) of the kernel on a skeleton."""
+        kernel = re.sub(r"\W+", "_", label) + "_kernel"  # sqrt alone is a function of the prelude
+        wide = tuple(k for k, a in self.arrays.items() if a.dtype != self.dtype)
+        return _source(skeleton, kernel, tuple(self.graph.items()), self.single, tuple(self.table.items()), wide,
+                       tuple(options.items()), self.dtype.name), kernel  # fmt: skip
+
+    def stride(self, table: Any, suffix: str) -> int:
+        """How far the columns of the table lie apart from one group to the next."""
+        return table.columns.index(describe(self.table["s0"]) + suffix) - self.places["s0_at"] if self.table else 0
+
+
+def steps_of(a: Buffer, shape: tuple[int, ...]) -> list[int]:
+    """The strides, in elements, of an array broadcast to a shape."""
+    steps = [0 if n == 1 else s // a.dtype.itemsize for n, s in zip(a.shape, a.strides, strict=True)]
+    return [0] * (len(shape) - a.ndim) + steps
+
+
+def _whole(a: Buffer, shape: tuple[int, ...]) -> bool:
+    return bool(a.shape == shape and a.flags.c_contiguous)
+
+
+def _places(table: Any, hoisted: Mapping[str, Expr], suffix: str) -> dict[str, Any]:
+    """The arguments that say where the scalars are."""
+    at = {f"{k}_at": table.columns.index(describe(e) + suffix) for k, e in hoisted.items()}
+    return {"table": table.table, "state": table.state, "width": table.width, **at}
+
+
+def _renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
+    done: dict[Expr, Expr] = {}
+    for node in walk(graph.values()):
+        if node.op == "name":
+            done[node] = name(names.get(str(node.value), str(node.value)))
+        else:
+            done[node] = apply(node.op, *(done[a] for a in node.args)) if node.args else node
+    return {names.get(k, k): done[e] for k, e in graph.items()}
+
+
+@cache
+def _source(
+    skeleton: str, kernel: str, graph: tuple[Any, ...], single: tuple[str, ...], table: tuple[Any, ...],
+    wide: tuple[str, ...], options: tuple[Any, ...], dtype: str,
+) -> str:  # fmt: skip
+    make = getattr(skeletons, skeleton)
+    what = "; ".join(f"{k} = {describe(e)}" for k, e in graph)
+    return skeletons.unit([make(kernel, dict(graph), what, single, dict(table), wide, **dict(options))], dtype)

@@ -1,0 +1,126 @@
+"""What a training step reads from the device and leaves there: the step table and the tally."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends.base import Buffer, arithmetic
+
+if TYPE_CHECKING:
+    from gpubackprop.backends.cuda import CudaBackend
+
+__all__ = ["CudaStaging", "CudaStepTable", "CudaTally"]
+
+
+class CudaStepTable:
+    """The step table in device memory: `table` (capacity, columns), `offsets` (capacity,), `state` and `control`.
+
+    state = (row of this step, row of the steps applied, number of the first step, last row): updates advance both rows,
+    as far as the last.
+    """
+
+    def __init__(self, backend: "CudaBackend", columns: Sequence[str], dtype: npt.DTypeLike, steps: int) -> None:
+        self.backend = backend
+        self.columns = tuple(columns)
+        self.capacity = steps
+        self.dtype = arithmetic(dtype)
+        self.table = backend.empty((steps, max(1, len(self.columns))), self.dtype)
+        self.offsets = backend.empty((steps,), np.int64)
+        self.state = backend.empty((4,), np.int64)
+        self.control = backend.asarray(np.array([1, 1, 1, 0], self.dtype))
+        self.load(np.zeros((1, len(self.columns))), np.zeros(1, np.int64), 1)
+
+    @property
+    def width(self) -> int:
+        """Elements from one row to the next."""
+        width: int = self.table.shape[1]
+        return width
+
+    def load(self, rows: npt.NDArray[np.float64], offsets: npt.NDArray[np.int64], first: int) -> None:
+        """Take the rows of the coming steps; see StepTable."""
+        if len(rows) > self.capacity:
+            raise ValueError(f"step table: {len(rows)} rows exceed its capacity of {self.capacity}")
+        write = self.backend.write
+        with np.errstate(over="ignore"):  # a learning rate beyond float32 diverges, and is reported as that
+            values = rows.astype(self.dtype)
+        if values.size:
+            write(self.table[: len(rows)], values)
+        write(self.offsets[: len(rows)], offsets)
+        write(self.state, np.array([0, 0, first, len(rows) - 1]))
+
+
+class CudaTally:
+    """What an epoch adds up in device memory: `loss`, a high and a low part, `events`: (first bad step, rows right)."""
+
+    def __init__(self, backend: "CudaBackend", dtype: npt.DTypeLike) -> None:
+        self.backend = backend
+        self.loss = backend.empty((2,), arithmetic(dtype))
+        self.events = backend.empty((2,), np.int64)
+        self._seen = backend.driver.empty((2,), arithmetic(dtype), pinned=True)
+        self.clear()
+
+    @property
+    def buffers(self) -> dict[str, Buffer]:
+        """What the launches of a step add to."""
+        return {"loss": self.loss, "events": self.events}
+
+    def clear(self) -> None:
+        """Start anew."""
+        self.backend.write(self.loss, 0)
+        self.backend.write(self.events, np.zeros(2, np.int64))
+        self._seen[...] = 0
+
+    def read(self) -> tuple[float, int, int]:
+        """(loss, first bad step, rows right); see Tally."""
+        bad_step, correct = self.backend.to_numpy(self.events).tolist()
+        return _added(self.backend.to_numpy(self.loss)), bad_step, correct
+
+    def peek(self) -> float:
+        """The loss as the last peek found it; this one's copy runs behind."""
+        seen = _added(self._seen)
+        driver = self.backend.driver
+        with driver.scope():
+            driver.copy(self.loss, self._seen, driver.current())
+        return seen
+
+
+def _added(parts: npt.NDArray[Any]) -> float:
+    """The sum of a high and a low part; the low one of infinity is not a number."""
+    high, low = parts.tolist()
+    return float(high + low if math.isfinite(high) else high)
+
+
+class CudaStaging:
+    """Batches on their way from the host: pinned memory and device memory for two, and a stream that copies.
+
+    A slot's mark is a stream that waits for the slot's last copy and does nothing else.
+    """
+
+    def __init__(self, backend: "CudaBackend", x: npt.NDArray[Any], y: npt.NDArray[Any], rows: int) -> None:
+        self.driver = driver = backend.driver
+        self.rows, self.sources = rows, (x, y)
+        shapes = [(2 * rows, *a.shape[1:]) for a in (x, y)]
+        self.x, self.y = (backend.empty(s, a.dtype) for s, a in zip(shapes, self.sources, strict=True))
+        with driver.scope():
+            self._pinned = [driver.empty(s, a.dtype, pinned=True) for s, a in zip(shapes, self.sources, strict=True)]
+            self._copying, *self._marks = (driver.stream() for _ in range(3))
+
+    def put(self, slot: int, index: npt.NDArray[np.intp]) -> None:
+        """Gather these rows and send them to the slot; see Staging."""
+        driver, start = self.driver, slot * self.rows
+        part = slice(start, start + len(index))
+        with driver.scope():
+            driver.synchronize(self._marks[slot])  # the slot's last batch has left the pinned memory
+            driver.order(driver.current(), self._copying)
+            for source, pinned, buffer in zip(self.sources, self._pinned, (self.x, self.y), strict=True):
+                np.take(source, index, 0, out=pinned[part], mode="clip")
+                driver.copy(pinned[part], buffer[part], self._copying)
+            driver.order(self._copying, self._marks[slot])
+
+    def ready(self, slot: int) -> None:
+        """Have the current stream wait for the slot's batch."""
+        with self.driver.scope():
+            self.driver.order(self._marks[slot], self.driver.current())

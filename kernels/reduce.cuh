@@ -1,0 +1,70 @@
+// Sums over the threads of a sub-warp, a block and a grid, each in an order that the shape alone decides: the bits do
+// not depend on timing, nor on the number of multiprocessors. No float atomics; the one integer ticket resets itself.
+#ifndef GPUBACKPROP_REDUCE
+#define GPUBACKPROP_REDUCE
+
+#include "prelude.cuh"
+
+namespace gpubackprop {
+
+[[maybe_unused]] constexpr int WARP = 32;
+[[maybe_unused]] constexpr Word ALL = 0xffffffffu;
+
+struct Add {
+    DEVICE R operator()(R a, R b) const { return a + b; }
+};
+struct Maximum {
+    DEVICE R operator()(R a, R b) const { return maximum(a, b); }
+};
+struct Minimum {
+    DEVICE R operator()(R a, R b) const { return minimum(a, b); }
+};
+
+// This thread's number in its block.
+DEVICE int thread() { return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)); }
+
+// `v` combined over groups of `lanes` neighbours (a power of two up to WARP; every thread of the warp must call); each
+// gets the result, in the same bits.
+template <typename Operation>
+DEVICE R across(R v, Operation combine, int lanes = WARP) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) v = combine(v, __shfl_xor_sync(ALL, v, offset));
+    return v;
+}
+
+// `v` combined over a block of whole warps; each thread gets the result. `identity` combines to the other operand.
+template <typename Operation>
+DEVICE R across_block(R v, Operation combine, R identity) {
+    __shared__ R of_warp[WARP];
+    const int warps = int(blockDim.x * blockDim.y * blockDim.z) / WARP, lane = thread() % WARP;
+    v = across(v, combine);
+    __syncthreads();  // an earlier call's values have been read
+    if (lane == 0) of_warp[thread() / WARP] = v;
+    __syncthreads();
+    return across(lane < warps ? of_warp[lane] : identity, combine);
+}
+
+// Whether this block is the last of `blocks` to arrive; then it sees all that the others wrote before they did.
+DEVICE bool last_block(Word* ticket, Word blocks) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (thread() == 0) last = atomicInc(ticket, blocks - 1) == blocks - 1;
+    __syncthreads();
+    if (last) __threadfence();
+    return last;
+}
+
+// What a training step adds up on the device. One thread calls it, once a step.
+// loss: a sum in two parts, high and low, as exact as twice the bits (Knuth's TwoSum); events: the first bad step (0:
+// none), rows whose largest output stands at the label; state: see feed.cu.
+DEVICE void tally(R* loss, Index* events, const Index* state, R total, Index correct) {
+    const R high = loss[0] + total, part = high - loss[0];
+    loss[1] += (loss[0] - (high - part)) + (total - part);
+    loss[0] = high;
+    if (events[0] == 0 && !(abs(total) < R(INFINITY))) events[0] = state[2] + state[0];
+    events[1] += correct;
+}
+
+}  // namespace gpubackprop
+
+#endif

@@ -1,0 +1,59 @@
+// Sums over all elements with elementwise outputs in the same pass: a loss and its derivative. codegen.py fills the
+// $placeholders and repeats what follows the marker for each kernel; the comment it puts in front says the bytes per
+// element, which are the floor: each operand once.
+//
+// Operands are flat, or one element, or a column of the step table at row state[0]. total = Σ, in R; if loss is given,
+// it is tallied too (see tally in reduce.cuh). A thread takes every (gridDim.x · blockDim.x)-th run of LANES
+// elements, whether or not it can load them as one vector, so that the bits depend on the size alone; the blocks' sums
+// go to partials (gridDim.x), and the last block to arrive at the ticket adds them up.
+//
+// Geometry: sum_geometry in skeletons.py, from the size alone: one-dimensional, blocks of whole warps.
+#include "reduce.cuh"
+
+namespace gpubackprop {
+
+// total = Σ of the blocks' sums, each the sum over its threads; tallied if loss is given.
+DEVICE void add_all(R* total, R* partials, Word* ticket, R* loss, Index* events, const Index* state, R sum) {
+    sum = across_block(sum, Add(), R(0));
+    if (thread() == 0) partials[blockIdx.x] = sum;
+    if (!last_block(ticket, gridDim.x)) return;
+    sum = 0;
+    for (Index i = thread(); i < gridDim.x; i += blockDim.x) sum += partials[i];
+    sum = across_block(sum, Add(), R(0));
+    if (thread() > 0) return;
+    total[0] = sum;
+    if (loss != nullptr) tally(loss, events, state, sum, 0);
+}
+
+}  // namespace gpubackprop
+
+// ---- for each kernel ------------------------------------------------------------------------------------------------
+
+namespace gpubackprop {
+
+$header
+$element
+
+// This thread's runs from `start` on as far as they hold W elements at a time; `start` is left at the next.
+template <int W>
+DEVICE void ${name}_runs($inner_parameters, Index& start, R& sum) {
+    $values
+    for (; start + W <= size; start += Index(gridDim.x) * blockDim.x * LANES) {
+        for (Index at = start; at < start + LANES && at + W <= size; at += W) {
+            $loads
+            $compute
+            $stores
+            UNROLL for (int lane = 0; lane < W; ++lane) sum += total_[lane];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(BOUNDS) $name($parameters) {
+    Index start = (blockIdx.x * Index(blockDim.x) + threadIdx.x) * LANES;
+    R sum = 0;
+    if (($misaligned) == 0) ${name}_runs<LANES>($inner_arguments, start, sum);
+    ${name}_runs<1>($inner_arguments, start, sum);
+    add_all(total, partials, ticket, loss, events, state, sum);
+}
+
+}  // namespace gpubackprop

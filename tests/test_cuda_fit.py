@@ -1,0 +1,237 @@
+"""Training on an emulated CUDA device: data on its way, arrays at the door, graphs, full memory."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+from emulator.driver import EmulatedDriver
+
+import gpubackprop as gb
+from gpubackprop import backends
+from gpubackprop.backends.cuda import CudaBackend
+from gpubackprop.backends.driver import CaptureError, DeviceMemoryError
+
+x, y = gb.datasets.digits()
+x, y = x[:150], y[:150]
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Emulated devices by index, in the place of the real ones."""
+    made = {i: CudaBackend(EmulatedDriver(i)) for i in range(2)}
+    for i, backend in made.items():
+        monkeypatch.setitem(backends._backends, f"cuda:{i}", backend)
+    monkeypatch.setattr(backends, "_index", lambda device, number: int(number[1:]) if number else 0)
+    yield made
+    for backend in made.values():
+        backend.driver.check()
+
+
+@pytest.fixture
+def cuda(devices):
+    return devices[0]
+
+
+def trainer(device="cuda", **arguments):
+    model = gb.mlp([64, 24, 10], dropout=0.2).initialize(3)
+    return gb.Trainer(model, optimizer=gb.Adam(3e-3), seed=0, device=device, **arguments)
+
+
+def state(trained):
+    return trained.model.state_dict()
+
+
+def assert_same_bits(a, b):
+    for key, value in state(a).items():
+        np.testing.assert_array_equal(value, state(b)[key])
+    assert a.history == b.history
+
+
+# ---- data on its way -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_staged_data_trains_the_same_bits_as_resident_data(cuda, shuffle, monkeypatch):
+    """Batches gathered on the host and copied beside the step before theirs; with a ragged one, or only one."""
+    for batch in (64, 150):
+        resident, staged = trainer(), trainer()
+        resident.fit(x, y, epochs=2, batch_size=batch, shuffle=shuffle)
+        with monkeypatch.context() as patched:
+            patched.setattr(cuda.driver, "memory", lambda: (x.nbytes, 1 << 30))  # not half of it free for the data
+            staged.fit(x, y, epochs=2, batch_size=batch, shuffle=shuffle)
+        assert_same_bits(resident, staged)
+
+
+def test_staging_copies_from_pinned_memory_and_never_waits_for_a_step(cuda, monkeypatch):
+    monkeypatch.setattr(cuda.driver, "memory", lambda: (0, 1 << 30))
+    t = trainer()
+    t.fit(x, y, epochs=1, batch_size=32)
+    before = cuda.driver.counts.copy()
+    t.fit(x, y, epochs=1, batch_size=32)
+    spent = cuda.driver.counts - before
+    t.fit(x[:118], y[:118], epochs=1, batch_size=32)  # a step less
+    less = cuda.driver.counts - before - spent
+    assert {k: spent[k] - less[k] for k in spent if "allocation" in k or "compil" in k} == {
+        k: 0 for k in spent if "allocation" in k or "compil" in k
+    }
+
+
+# ---- arrays at the door --------------------------------------------------------------------------------------------
+
+
+def on(backend, array):
+    return backend.asarray(np.ascontiguousarray(array))
+
+
+def test_device_arrays_train_predict_and_evaluate_as_host_arrays(cuda):
+    host, device = trainer(), trainer()
+    host.fit(x, y, epochs=2, batch_size=64, validation_data=(x[:20], y[:20]))
+    dx, dy = on(cuda, x), on(cuda, y)
+    device.fit(dx, dy, epochs=2, batch_size=64, validation_data=(on(cuda, x[:20]), on(cuda, y[:20])))
+    assert_same_bits(host, device)
+    out = device.predict(dx)
+    assert type(out) is type(dx) and out.shape == (150, 10)
+    np.testing.assert_array_equal(cuda.to_numpy(out), host.predict(x))
+    assert isinstance(host.predict(x), np.ndarray)
+    assert device.evaluate(dx, dy) == host.evaluate(x, y)
+    np.testing.assert_array_equal(cuda.to_numpy(dx), x)  # untouched
+
+
+def test_device_arrays_of_another_type_are_cast_there(cuda):
+    wide = trainer()
+    plain = trainer()
+    plain.fit(x, y, epochs=1, batch_size=64)
+    wide.fit(on(cuda, x.astype(np.float64)), on(cuda, y), epochs=1, batch_size=64)
+    assert_same_bits(wide, plain)
+
+
+def test_regression_targets_on_the_device(cuda):
+    t = x[:, :3] * 2
+    losses = []
+    for data in ((x, t), (on(cuda, x), on(cuda, t))):
+        model = gb.mlp([64, 8, 3]).initialize(0)
+        losses.append(gb.Trainer(model, "mse", seed=0, device="cuda").fit(*data, epochs=2, batch_size=64))
+    assert losses[0] == losses[1]
+
+
+def test_arrays_in_different_places_are_errors(devices):
+    cuda, other = devices[0], devices[1]
+    t = trainer()
+    with pytest.raises(
+        TypeError, match=r"^fit: x lies on a CUDA device but y on the host; move y with cupy\.asarray\(y\)"
+    ):
+        t.fit(on(cuda, x), y)
+    with pytest.raises(
+        TypeError, match=r"^fit: y lies on a CUDA device but x on the host; move x with cupy\.asarray\(x\)"
+    ):
+        t.fit(x, on(cuda, y))
+    with pytest.raises(ValueError, match=r"^fit: x .*'cuda:1'.*'cuda:0'"):
+        t.fit(on(other, x), on(other, y))
+    with pytest.raises(
+        TypeError, match=r"^fit: x lies on a CUDA device but the model on the CPU; pass x\.get\(\), or make "
+    ):
+        trainer("cpu").fit(on(cuda, x), on(cuda, y))
+    assert t.history == {}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a[:, :60], "^fit: x has 60 columns but the model expects 64$"),
+        (lambda a: a[:0], r"^fit: x has shape \(0, 64\), expected at least a row and a column; pass some data$"),
+        (lambda a: a.reshape(-1), r"^fit: x has shape \(9600,\), expected rows and columns"),
+        (lambda a: np.where(a == a.max(), np.nan, a), "^fit: x has a NaN at row"),
+        (lambda a: np.where(a == a.max(), np.inf, a), "^fit: x has an infinity at row"),
+    ],
+)
+def test_bad_device_arrays_are_errors_before_anything_is_trained(cuda, change, message):
+    t = trainer()
+    with pytest.raises(ValueError, match=message):
+        t.fit(on(cuda, change(x)), on(cuda, y[: len(change(x))] if change(x).ndim == 2 else y))
+    assert t.history == {} and t.step == 0
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [None, "float16"])
+def test_a_graph_trains_the_same_bits(cuda, precision):
+    eager, graph = trainer(precision=precision), trainer(precision=precision, cuda_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for t in (eager, graph):
+            t.fit(x, y, epochs=2, batch_size=32)
+            t.fit(x, y, epochs=1, batch_size=32)
+    assert_same_bits(eager, graph)
+    assert cuda.driver.counts["graph launches"] > 8
+
+
+def test_a_capture_that_fails_is_one_warning_and_eager_for_good(cuda, monkeypatch):
+    asked = []
+
+    def fail(stream, body):
+        asked.append(stream)
+        raise CaptureError("the driver says no")
+
+    monkeypatch.setattr(cuda.driver, "capture", fail)
+    plain, t = trainer(), trainer(cuda_graph=True)
+    plain.fit(x, y, epochs=2, batch_size=32)
+    with pytest.warns(RuntimeWarning, match=r"^cuda_graph: the driver says no; steps are launched one by one$") as seen:
+        t.fit(x, y, epochs=1, batch_size=32)
+        t.fit(x, y, epochs=1, batch_size=32)
+    assert len(seen) == 1 and len(asked) == 1
+    assert_same_bits(plain, t)
+
+
+# ---- full memory ---------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_does_not_fit_says_what_would(devices, monkeypatch):
+    model = gb.mlp([64, 512, 512, 10]).initialize(0)
+    backend = CudaBackend(EmulatedDriver(0, memory=14_000_000))
+    monkeypatch.setitem(backends._backends, "cuda:0", backend)
+    t = gb.Trainer(model, seed=0, device="cuda")
+    rows = np.tile(x, (20, 1))
+    labels = np.tile(y, 20)
+    t.fit(rows, labels, epochs=1, batch_size=64)
+    before, history = copy.deepcopy(model.state_dict()), copy.deepcopy(t.history)
+    with pytest.raises(
+        DeviceMemoryError, match=r"^fit: steps of 2,048 rows need [\d,]+ bytes beside the weights"
+    ) as told:
+        t.fit(rows, labels, epochs=1, batch_size=2048)
+    text = str(told.value)
+    assert "free on cuda:0; batch_size=" in text and text.endswith("the model is as after epoch 1")
+    fits = int(text.partition("batch_size=")[2].partition(" ")[0])
+    for key, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+    assert t.history == history
+    assert 64 < fits < 2048
+    t.fit(rows, labels, epochs=1, batch_size=fits)
+    assert len(t.history["loss"]) == 2
+
+
+# ---- elsewhere -----------------------------------------------------------------------------------------------------
+
+
+def test_models_move_between_devices_with_their_values(devices):
+    t = trainer()
+    t.fit(x, y, epochs=1, batch_size=64)
+    before = state(t)
+    t.model.to("cuda:1")
+    t.model.to("cpu")
+    for key, value in state(t).items():
+        np.testing.assert_array_equal(value, before[key])
+    twin = copy.deepcopy(trainer())
+    assert twin.backend.device == "cuda:0"
+
+
+def test_the_users_stream_is_the_one_that_works(cuda):
+    """On it alone, and on no other: the emulator would miss an order between them."""
+    with cuda.driver.on(cuda.driver.stream()):
+        t = trainer(cuda_graph=True)
+        t.fit(x, y, epochs=1, batch_size=64)
+        cuda.synchronize()
+    plain = trainer("cpu")
+    plain.fit(x, y, epochs=1, batch_size=64)
+    np.testing.assert_allclose(t.history["loss"], plain.history["loss"], rtol=1e-5)
