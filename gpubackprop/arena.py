@@ -111,7 +111,7 @@ class Arena:
         self.size = end
         self.weights = self.zeros()
         self._gradients: Buffer | None = None
-        self.copy: Buffer | None = None  # of the weights in 16 bits, which the updates write too
+        self._copies: dict[np.dtype[Any], Buffer] = {}  # of the weights, which the updates write too
         for key, p in self.parameters.items():
             value = p.host_value()
             p.data = p.master = self.slice(self.weights, key)
@@ -140,18 +140,23 @@ class Arena:
                 p.grad_buffer = self.slice(self._gradients, key)
         return self._gradients
 
+    def copy_in(self, dtype: npt.DTypeLike) -> Buffer:
+        """The copy of the weights in this type, for a step that computes in it; made when first asked for."""
+        if np.dtype(dtype) not in self._copies:
+            self._copies[np.dtype(dtype)] = self.backend.empty(self.weights.shape, dtype)
+        return self._copies[np.dtype(dtype)]
+
     def refresh(self, dtype: npt.DTypeLike) -> None:
-        """Bring the copy of the weights in this type up to date; it is made when first asked for."""
-        if self.copy is None or self.copy.dtype != dtype:
-            self.copy = self.backend.empty(self.weights.shape, dtype)
-        run(self.copy, lambda: self.backend.copy(self.weights, self.copy))
+        """Bring the copy in this type up to date."""
+        copy = self.copy_in(dtype)
+        run(copy, lambda: self.backend.copy(self.weights, copy))
 
     @contextmanager
-    def lowered(self) -> Iterator[None]:
-        """Inside, operations read the parameters from the copy, if there is one; gradients stay where they are."""
-        if self.copy is not None:
-            for key, p in self.parameters.items():
-                p.data = self.slice(self.copy, key)
+    def lowered(self, dtype: npt.DTypeLike) -> Iterator[None]:
+        """Inside, operations read the parameters from the copy in this type; gradients stay where they are."""
+        copy = self.weights if self.dtype == dtype else self.copy_in(dtype)
+        for key, p in self.parameters.items():
+            p.data = self.slice(copy, key)
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ import numpy as np
 from gpubackprop import __version__, datasets, parity, roofline
 from gpubackprop.backends import INSTALL, codegen, get_backend, nvrtc
 from gpubackprop.backends.cuda import CudaBackend
+from gpubackprop.backends.driver import Paper
 from gpubackprop.data import split
 from gpubackprop.formulas import parse
 from gpubackprop.gradients import gradcheck
@@ -110,7 +111,7 @@ def checks(device: str = "cuda", effort: Effort = FULL) -> list[Check]:
         back = get_backend(device)
     except RuntimeError:
         return common + _without_gpu(effort)
-    if not isinstance(back, CudaBackend):
+    if not isinstance(back, CudaBackend) or isinstance(back.driver, Paper):
         raise ValueError(f"doctor: device {device!r} is no GPU; choose cuda or cuda:N")
     return common + _agreement(back, effort) + _measurements(back, effort)
 
@@ -166,7 +167,7 @@ def _device(device: str) -> tuple[str, Numbers]:
         if (driver := nvidia_driver()) is not None and driver.gpus:
             raise  # a GPU that is not used
         raise Skip(str(error)) from None
-    if not isinstance(back, CudaBackend):
+    if not isinstance(back, CudaBackend) or isinstance(back.driver, Paper):
         raise Skip("no GPU")
     about, (free, total) = back.driver.properties(), back.driver.memory()
     numbers = asdict(about) | {"device": back.device, "free": free, "total": total}

@@ -138,11 +138,14 @@ class State:
             rows[column] = np.broadcast_to(evaluate(e, {**constants, **powers}, _NUMPY), t.shape)
         return rows
 
-    def record(self, table: StepTable, clip: float = math.inf, dynamic: bool = False, *, before: bool = False) -> None:
+    def record(
+        self, table: StepTable, clip: float = math.inf, dynamic: bool = False, copy: Buffer | None = None, *,
+        before: bool = False,
+    ) -> None:  # fmt: skip
         """Launch the rule's update of the weights by the gradients, or what goes before the gradient.
 
         The gradient's norm is clipped to `clip`. With `dynamic`, the scale of the loss follows the gradients, and a
-        step whose gradient is not finite changes nothing.
+        step whose gradient is not finite changes nothing. `copy` is written too.
         """
         back, gradients = self.arena.backend, self.arena.gradients
         if not self.arena.size:
@@ -153,9 +156,11 @@ class State:
         if scaled and not before:
             run(table.control, lambda: back.gradient_norm(gradients, table, clip=clip, dynamic=dynamic))
         if text := self.rule.before if before else self.rule.update:
-            self._launch(text, table, scaled=scaled, skips=dynamic, advance=not before)
+            self._launch(text, table, copy, scaled=scaled, skips=dynamic, advance=not before)
 
-    def _launch(self, text: str, table: StepTable, *, scaled: bool, skips: bool, advance: bool) -> None:
+    def _launch(
+        self, text: str, table: StepTable, copy: Buffer | None, *, scaled: bool, skips: bool, advance: bool
+    ) -> None:
         """One launch over the arena; where `skips`, the arrays keep their values unless the last gradient was finite.
 
         A look-ahead is skipped after a step that was: the weights then still stand ahead.
@@ -167,8 +172,8 @@ class State:
             ok = parse("where(ok > 0, 1, 0)")[RESULT].args[0]
             graph = {k: apply("where", ok, e, name(k)) for k, e in graph.items()}
         arrays = {"p": arena.weights, "g": arena.gradients} | self.moments
-        if arena.copy is not None:
-            graph, arrays = graph | {"q": graph["p"]}, arrays | {"q": arena.copy}
+        if copy is not None:
+            graph, arrays = graph | {"q": graph["p"]}, arrays | {"q": copy}
         arrays |= {key: table.control[i : i + 1] for key, i in CONTROL.items()}
         names = dict.fromkeys((*free_names(*graph.values()), *graph))
         used: dict[str, Buffer] = {k: arrays[k].reshape(-1) for k in names if k in arrays}

@@ -56,6 +56,6 @@ PRECISIONS = {
 
 def precision(name: str) -> Precision:
     """The precision of that name."""
-    if name not in PRECISIONS:
+    if not isinstance(name, str) or name not in PRECISIONS:
         raise ValueError(f"unknown precision {name!r}; choose from {', '.join(PRECISIONS)}")
     return PRECISIONS[name]

@@ -163,7 +163,9 @@ class Step:
         else:
             for section in SECTIONS[1:]:
                 plan.discard(section)  # what an error cut short
-            rule = partial(self.state.record, table, self.terms.clip_norm, self.terms.precision.dynamic)
+            precision = self.terms.precision
+            copy = self.model.arena.copy_in(precision.dtype) if precision.mixed else None
+            rule = partial(self.state.record, table, self.terms.clip_norm, precision.dynamic, copy)
             with plan.record("before"):
                 rule(before=True)
             with plan.record("gradient"):
@@ -176,7 +178,7 @@ class Step:
         """Forward, loss, backward; every trained slice is written, by a gradient or by zeros."""
         back, arena = self.backend, self.model.arena
         gradients = arena.gradients
-        with lowered(self.model), use_tf32(self.terms.precision.tf32):
+        with lowered(self.model, self.terms.precision.dtype), use_tf32(self.terms.precision.tf32):
             with training(self.terms.seed, self.table):
                 output = self.model(Tensor(self.x, back))
                 target = Tensor(self.target, back)
@@ -208,9 +210,9 @@ class Graphs:
 
 
 @contextmanager
-def lowered(model: Layer) -> Iterator[None]:
-    """Inside, the model computes with the copies of its parameters in the compute type, if it has any."""
-    with model.arena.lowered(), model.statistics.lowered():
+def lowered(model: Layer, dtype: npt.DTypeLike) -> Iterator[None]:
+    """Inside, the model computes with its parameters in this type."""
+    with model.arena.lowered(dtype), model.statistics.lowered(dtype):
         yield
 
 

@@ -76,6 +76,10 @@ class Trainer:
         self.seed = seed_or_fresh(seed, "Trainer")
         self.precision = precision_named(precision or np.dtype(model.dtype).name)
         self.clip_norm = _clip_norm(clip_norm)
+        if not isinstance(cuda_graph, bool):
+            raise TypeError(
+                f"Trainer: cuda_graph must be True or False, got {type(cuda_graph).__name__} {cuda_graph!r}"
+            )
         self.cuda_graph = cuda_graph
         self.history: History = {}
         self.epoch = self.step = 0
@@ -140,6 +144,11 @@ class Trainer:
         _check_fit(epochs, batch_size, shuffle, callbacks, stop_below)
         if self._fitting:
             raise RuntimeError("fit: this trainer is training already; a callback cannot call fit")
+        if np.dtype(self.model.dtype) != self.precision.master:
+            raise RuntimeError(
+                f"fit: the model is {self.model.dtype} since another Trainer took it over, but this one trains in "
+                f"{self.precision.name}; make a new Trainer"
+            )
         if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
             self._prepare(self.model.backend.device, self.state.host())
         x, y = self._data(x, y, "fit")
@@ -331,6 +340,8 @@ class Trainer:
             y = self.backend.to_numpy(self.backend.asarray(y))
         else:
             rows = as_features(x, self.model.dtype, self.model.inputs, where)
+            if where == "fit" and self.precision.compute == "float16":
+                as_features(rows, np.float16, None, where)  # what overflows it is named here, by row and column
         check_same_length(rows, y, where)
         return rows, self.objective.targets(y, self.model.dtype, self._outputs(rows.shape[1], 2), where)
 

@@ -512,9 +512,9 @@ def test_planted_faults_are_caught(fault):
         check(*texts)
 
 
-def under_sanitizers(*arguments):
+def under_sanitizers(*arguments, **variables):
     """A Python process started with the arguments, whose kernels are sanitized."""
-    environment = sanitizer_environment()
+    environment = sanitizer_environment() | variables
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([sys.executable, *arguments], cwd=HERE.parent, env=environment, **pipes)
@@ -544,19 +544,21 @@ def test_a_sanitized_library_needs_a_process_of_its_own():
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def run_tests(file):
-    """How many tests of a file passed; none may do anything else."""
-    process = under_sanitizers("-m", "pytest", "-p", "no:cacheprovider", str(file))
+def run_tests(file, part):
+    """How many tests of a file passed; none may fail or be skipped."""
+    process = under_sanitizers("-m", "pytest", "-p", "no:cacheprovider", str(file), GPUBACKPROP_KERNELS_PART=part)
     output, _ = process.communicate()
-    summary = re.fullmatch(r"(\d+) passed in .*", output.rstrip().rpartition("\n")[2])
+    summary = re.fullmatch(r"(\d+) passed(?:, \d+ deselected)? in .*", output.rstrip().rpartition("\n")[2])
     assert process.returncode == 0 and summary, output
     return int(summary[1])
 
 
-def test_all_kernels_under_sanitizers():
+@pytest.mark.parametrize("part", ["third", pytest.param("rest", marks=pytest.mark.matrix)])
+def test_kernels_under_sanitizers(part):
     """The files of tests/kernels, two at a time, beginning with the longest."""
     files = sorted((HERE / "kernels").glob("test_*.py"), key=lambda p: -p.stat().st_size)
     with ThreadPoolExecutor(2) as pool:
-        passed = dict(zip([p.name for p in files], pool.map(run_tests, files), strict=True))
+        passed = dict(zip([p.name for p in files], pool.map(lambda f: run_tests(f, part), files), strict=True))
     elementwise = sum(isinstance(k, codegen.Kernel) for row in codegen.names() for k in codegen.kernels(row))
-    assert passed["test_elementwise.py"] >= len(codegen.ITEMSIZE) * elementwise and min(passed.values()) > 0
+    assert passed["test_elementwise.py"] >= 0.25 * len(codegen.ITEMSIZE) * elementwise
+    assert min(passed.values()) > 0

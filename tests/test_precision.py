@@ -55,8 +55,7 @@ def test_tf32_differs_from_float32_and_costs_what_it_should():
 def test_the_update_writes_the_copy_too(name, optimizer):
     trainer = trained(name, optimizer, epochs=1)
     arena = trainer.model.arena
-    assert arena.copy.dtype == STORED[name]
-    np.testing.assert_array_equal(arena.copy, arena.weights.astype(STORED[name]))
+    np.testing.assert_array_equal(arena.copy_in(STORED[name]), arena.weights.astype(STORED[name]))
 
 
 def test_what_a_callback_writes_reaches_the_copy():
@@ -252,3 +251,21 @@ def test_a_graph_on_the_cpu_is_one_warning_and_the_same_bits():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         asked.fit(x[:100], y[:100], epochs=1, batch_size=50)
+
+
+def test_trainers_of_several_precisions_share_a_model():
+    model = net()
+    first = {name: gb.Trainer(model, seed=0, precision=name) for name in ("bfloat16", "float32", "float16", "tf32")}
+    for _ in range(2):
+        for trainer in first.values():
+            trainer.fit(x[:64], y[:64], epochs=1, batch_size=32)
+    gb.Trainer(model, precision="float64").fit(x[:64], y[:64], epochs=1, batch_size=32)
+    with pytest.raises(
+        RuntimeError, match=r"^fit: the model is float64 since another Trainer took it over, but this one"
+    ):
+        first["float32"].fit(x[:64], y[:64], epochs=1)
+
+
+def test_what_overflows_float16_is_named():
+    with pytest.raises(ValueError, match=r"^fit: x has .* at row 0, column 2, too large for float16; scale x"):
+        gb.Trainer(net(), precision="float16").fit(x * 1e6, y, epochs=1)
