@@ -251,10 +251,16 @@ def test_a_gpu_that_cannot_be_used_is_a_fault(monkeypatch):
     assert only(results, "device").verdict == "failed" and doctor.status(results) == 1
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:plan"])
+def test_what_is_no_gpu_is_refused(device):
+    with pytest.raises(ValueError, match=rf"^doctor: device '{device}' is no GPU; choose cuda or cuda:N$"):
+        doctor.checks(device, effort())
+
+
 def test_missing_packages_come_with_the_command(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda *_: "not installed")
     monkeypatch.setattr(doctor, "nvidia_driver", lambda: None)
-    results = {c.name: c() for c in doctor.checks("cuda:plan", effort())[:4]}
+    results = {c.name: c() for c in doctor.checks("cuda", effort())[:4]}
     assert [r.verdict for r in results.values()] == ["ok", "skipped", "skipped", "skipped"]
     assert backends.INSTALL in results["CuPy"].detail and "pip install ml_dtypes" in results["ml_dtypes"].detail
     assert "nvidia-smi" in results["NVIDIA driver"].detail
