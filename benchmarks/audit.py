@@ -14,7 +14,6 @@ DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*(\.F64\b|64H\b)")
 ATOMIC = re.compile(r"(ATOM|ATOMG|ATOMS|RED|REDG|REDS)\.")
 OF_FLOATS = re.compile(r".*\.(B?F(16|32|64)|CAST?\b)")  # compare-and-swap in a loop adds floats where no opcode does
 ADDRESS = re.compile(r"\[(R\w+)(?:\.\w+)?(?:\+(UR\d+))?(?:\+(-?0x[0-9a-f]+))?\]")
-INSTRUCTION = 16  # bytes
 
 Accesses = tuple[int, ...]  # widths in bits, one for each instruction
 
@@ -167,6 +166,6 @@ def _successors(code: Sequence[Instruction], i: int) -> Iterator[int]:
     if kind in ("BRA", "JMP"):
         *conditions, target = operands.split(",")
         goes_on |= bool(conditions)
-        yield int(target, 16) // INSTRUCTION
+        yield int(target)
     if goes_on and i + 1 < len(code):
         yield i + 1

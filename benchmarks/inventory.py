@@ -70,10 +70,15 @@ def generated() -> dict[str, codegen.Skeleton]:
     return {k.name: k for row in codegen.names() for k in codegen.kernels(row)}
 
 
+@cache
+def homes() -> dict[str, str]:
+    """The row or the file that each kernel is compiled with."""
+    return {k.name: row for row in codegen.names() for k in codegen.kernels(row)} | codegen.written()
+
+
 def inventory() -> list[Entry]:
     """Every kernel in every choice of types: float32, float64, float16, bfloat16, and where it converts more."""
-    names = [*generated(), *codegen.written()]
-    entries = [Entry(name, dtype) for dtype in codegen.ITEMSIZE for name in names]
+    entries = [Entry(name, dtype) for dtype in codegen.ITEMSIZE for name in homes()]
     for name, file in codegen.written().items():
         entries += [Entry(name, dtype, tuple(types.items())) for dtype, types in CONVERSIONS.get(file, [])]
     return entries
@@ -81,27 +86,29 @@ def inventory() -> list[Entry]:
 
 def representative() -> list[tuple[Entry, str]]:
     """Every entry of float32 for one architecture, and every kernel once more, with the types and the architecture that
-    its name, or its file's, falls on: a choice that stays when other kernels come and go."""
+    the name of its row or file falls on: a choice that stays when other kernels come and go."""
     first = [(entry, "sm_90") for entry in inventory() if entry.dtype == "float32"]
     others = [(dtype, a) for a in ARCHITECTURES for dtype in codegen.ITEMSIZE if (dtype, a) != ("float32", "sm_90")]
-    for name in (*generated(), *codegen.written()):
-        dtype, architecture = others[crc32(codegen.written().get(name, name).encode()) % len(others)]
+    for name, home in homes().items():
+        dtype, architecture = others[crc32(home.encode()) % len(others)]
         first.append((Entry(name, dtype), architecture))
     return first
 
 
 def units(entries: Iterable[Entry]) -> list[Unit]:
-    """The sources that hold these kernels: generated ones of one dtype together, hand-written ones by their files."""
-    grouped: dict[tuple[str, Entry], list[Entry]] = {}
+    """The sources that hold these kernels: a row's, or a file's, in one choice of types.
+
+    More in one unit would compile sooner, but a kernel's code is not quite the same in every company.
+    """
+    grouped: dict[Entry, list[Entry]] = {}
     for entry in entries:
-        file = codegen.written().get(entry.name, "")
-        grouped.setdefault((file, replace(entry, name="")), []).append(entry)
+        grouped.setdefault(replace(entry, name=homes()[entry.name]), []).append(entry)
     made = []
-    for (file, types), group in grouped.items():
-        if file:
-            source = codegen.file_unit(file, types.dtype, **dict(types.types))
+    for home, group in grouped.items():
+        if home.name in codegen.names():
+            source = codegen.source(home.name, home.dtype)
         else:
-            source = codegen.unit([generated()[entry.name] for entry in group], types.dtype)
+            source = codegen.file_unit(home.name, home.dtype, **dict(home.types))
         made.append(Unit(source, tuple(group)))
     return made
 

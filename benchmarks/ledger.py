@@ -7,7 +7,7 @@ where they differ. It names the compiler and disassembler it was written with: w
 import csv
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +15,14 @@ from pathlib import Path
 from gpubackprop.backends import codegen
 
 from .audit import Accesses, Facts, measure
-from .cuda import ARCHITECTURES, CompileError, compile_cuda, disassemble
+from .cuda import ARCHITECTURES, Compiled, CompileError, compile_cuda, disassemble
 from .inventory import NARROW, Entry, Unit, declared, generated, units
 
 __all__ = ["ALLOWANCE", "COLUMNS", "PATH", "Ledger", "Measured", "compiled", "measured", "value_for", "violations"]
 
 PATH = codegen.sources() / "ledger.csv"
 ALLOWANCE = 2  # more registers than in the ledger that are no regression yet; occupancy may not fall at all
+TOGETHER = 24  # units disassembled at once
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,9 @@ def measured(jobs: Iterable[tuple[Entry, str]]) -> Iterator[Measured]:
     wanted: dict[str, list[Entry]] = {}
     for entry, architecture in jobs:
         wanted.setdefault(architecture, []).append(entry)
-    work = [(unit, architecture) for architecture, entries in wanted.items() for unit in units(entries)]
-    work.sort(key=lambda job: -len(job[0].source))  # the longest first, so that all cores end together
     said = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads will do: the work is NVRTC's and nvdisasm's
-        for future in [pool.submit(compiled, *job) for job in work]:
+        for future in [pool.submit(compiled, *job) for job in _batches(wanted)]:
             try:
                 yield from future.result()
             except CompileError as error:
@@ -60,26 +59,39 @@ def measured(jobs: Iterable[tuple[Entry, str]]) -> Iterator[Measured]:
         raise CompileError("\n".join(said))
 
 
-def compiled(unit: Unit, architecture: str) -> list[Measured]:
-    """What is measured of a unit's entries."""
+def _batches(wanted: Mapping[str, list[Entry]]) -> Iterator[tuple[list[Unit], str]]:
+    """Units that are disassembled together; each batch has long ones and short ones."""
+    for architecture, entries in wanted.items():
+        parts = sorted(units(entries), key=lambda unit: len(unit.source))
+        count = -(-len(parts) // TOGETHER)
+        for i in range(count):
+            yield parts[i::count], architecture
+
+
+def compiled(parts: Sequence[Unit], architecture: str) -> list[Measured]:
+    """What is measured of the units' entries."""
+    codes = [_compiled(unit, architecture) for unit in parts]
+    made = []
+    for unit, code, functions in zip(parts, codes, disassemble([c.cubin for c in codes], architecture), strict=True):
+        heads = dict(re.findall(r"\.entry (\w+)(.*?)\{", code.ptx, re.DOTALL))
+        for entry in unit.entries:
+            function, head = functions[entry.name], heads[entry.name]
+            parameters = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)", head)
+            expected = declared(unit.source, entry.name, entry.dtype)
+            mismatch = "" if parameters == expected else f"{', '.join(parameters)} for {', '.join(expected)}"
+            limit = re.search(r"\.maxntid (\d+)", head)
+            block = int(limit[1]) if limit else 1024
+            tools = f"NVRTC {code.version}, nvdisasm {function.disassembler}"
+            made.append(Measured(entry, architecture, block, measure(function, architecture, block), tools, mismatch))
+    return made
+
+
+def _compiled(unit: Unit, architecture: str) -> Compiled:
     try:
-        code = compile_cuda(unit.source, architecture)
+        return compile_cuda(unit.source, architecture)
     except CompileError as error:
         first = unit.entries[0]
         raise CompileError(f"{first.name} {first.variant} {architecture} and its unit:\n{error}") from None
-    functions = disassemble(code.cubin)
-    heads = dict(re.findall(r"\.entry (\w+)(.*?)\{", code.ptx, re.DOTALL))
-    made = []
-    for entry in unit.entries:
-        function, head = functions[entry.name], heads[entry.name]
-        parameters = re.findall(r"\.param (?:\.align \d+ )?\.(\w+)", head)
-        expected = declared(unit.source, entry.name, entry.dtype)
-        mismatch = "" if parameters == expected else f"{', '.join(parameters)} for {', '.join(expected)}"
-        limit = re.search(r"\.maxntid (\d+)", head)
-        block = int(limit[1]) if limit else 1024
-        tools = f"NVRTC {code.version}, nvdisasm {function.disassembler}"
-        made.append(Measured(entry, architecture, block, measure(function, architecture, block), tools, mismatch))
-    return made
 
 
 # ---- absolute rules ------------------------------------------------------------------------------------------------

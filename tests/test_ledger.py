@@ -1,5 +1,6 @@
 """What kernels compile to: the rules that hold for all, the ledger that none may fall behind, and that both bite."""
 
+import re
 import subprocess
 from dataclasses import replace
 
@@ -110,7 +111,7 @@ def planted(body, architecture="sm_90", entry=PLANTED, parameters="T* out, const
     """A float32 kernel of that body, measured."""
     head = f'extern "C" __global__ void __launch_bounds__(THREADS) {entry.name}({parameters})'
     text = f"namespace gpubackprop {{\n{head} {{\n{body}\n}}\n}}\n"
-    [m] = compiled(Unit(codegen.file_unit("prelude.cuh") + text, (entry,)), architecture)
+    [m] = compiled([Unit(codegen.file_unit("prelude.cuh") + text, (entry,))], architecture)
     return m
 
 
@@ -292,18 +293,12 @@ def test_occupancy_is_that_of_nvidias_header(tmp_path):
 
 def code(*lines):
     """Instructions from `@P0 BRA 3`, the targets being places."""
-    made = []
-    for line in lines:
-        predicate, _, rest = line.rpartition("@") if "@" in line else ("", "", line)
-        words = rest.split()
-        predicate, words = (words[0], words[1:]) if "@" in line else ("", words)
-        operands = [f"0x{16 * int(w):x}" if w.isdigit() else w for w in words[1:]]
-        made.append(Instruction(predicate, words[0], ",".join(operands)))
-    return made
+    parts = (re.fullmatch(r"(@\w+ )?(\w+) ?(.*)", line).groups("") for line in lines)
+    return [Instruction(predicate.strip(), opcode, operands) for predicate, opcode, operands in parts]
 
 
 def test_nested_loops_are_found():
-    nest = code("MOV", "MOV", "LDG", "@P0 BRA 2", "@P1 BRA 1", "EXIT")
+    nest = code("MOV", "MOV", "LDG", "@P0 BRA 2", "BRA.U UP1,1", "EXIT")
     assert sorted(map(sorted, natural_loops(nest))) == [[1, 2, 3, 4], [2, 3]]
 
 
