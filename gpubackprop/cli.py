@@ -20,11 +20,10 @@ from typing import Any, NoReturn
 
 import click
 
-from gpubackprop import __version__, datasets, doctor, roofline, runs
+from gpubackprop import __version__, datasets, roofline, runs
 from gpubackprop.backends import why_not_cuda
 from gpubackprop.checkpoint import check_writable, load_model, read_metadata, save_model, write_file
 from gpubackprop.formulas import ACTIVATIONS
-from gpubackprop.installation import versions
 from gpubackprop.layers import Layer, mlp
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.precision import PRECISIONS
@@ -352,6 +351,8 @@ def info() -> None:
     Example:
       gpubackprop info
     """
+    from gpubackprop.installation import versions
+
     for label, text in versions():
         _say(label, text)
 
@@ -374,6 +375,8 @@ def examine(device: str, quick: bool, json_path: str | None, force: bool) -> Non
       gpubackprop doctor
       gpubackprop doctor --quick --json doctor.json
     """
+    from gpubackprop import doctor
+
     _check_outputs(None, force, json_path)
     err, results = json_path == "-", list[doctor.Result]()
     for result in doctor.examine(device, doctor.QUICK if quick else doctor.FULL):

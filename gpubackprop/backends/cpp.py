@@ -90,6 +90,7 @@ def sources() -> Path:
     return packaged if (packaged := package / "_kernels").is_dir() else package.parent / "kernels"
 
 
+@cache  # every bound launch asks for its source
 def file_unit(file: str, dtype: str = "float32", **types: str) -> str:
     """A hand-written source of kernels/ with what it includes; `types` names the dtypes of SOURCE, OUTPUT, TARGET."""
     return defines(dtype, **types) + inlined(_read(file))
@@ -128,6 +129,7 @@ def written() -> dict[str, str]:
     return {name: file for file, text in files.items() if "$" not in text for name in _GLOBAL.findall(text)}
 
 
+@cache
 def signature(text: str, name: str) -> list[tuple[str, str]]:
     """(C++ type, name) of each argument of a kernel in a source, spaces normalised: ("const T* __restrict__", "x")."""
     match = re.search(_GLOBAL.pattern.replace(r"(\w+)", name) + r"([^)]*)\)", text)

@@ -2,13 +2,12 @@
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from gpubackprop.backends import codegen
 from gpubackprop.backends.base import Buffer, arithmetic
+from gpubackprop.backends.cpp import signature
 from gpubackprop.backends.driver import Call, Driver, Stream
 
 __all__ = ["Bound", "Launcher"]
@@ -95,12 +94,6 @@ class Launcher:
         if address % wanted.itemsize:
             raise ValueError(f"{where} lies at {address:#x}, off the boundary of its {wanted.itemsize}-byte elements")
         return Pointer(address, value)
-
-
-@cache
-def signature(source: str, name: str) -> list[tuple[str, str]]:
-    """The kernel's parameters, read once."""
-    return codegen.signature(source, name)
 
 
 def _number(where: str, kind: str, value: Any, types: Mapping[str, Any]) -> Any:
