@@ -41,14 +41,19 @@ class Objective:
         loss, times the scale. The loss goes to the tally, and with count=True the rows right."""
         if self.step is not None:
             return output, self.step(output, target, table, tally, count)
-        back, total = output.backend, self.total(cast(output, table.control.dtype), target)
-        run(total.data, lambda: back.accumulate_loss(total.data, table, tally))
-        if count:
-            run(output.data, lambda: back.top1(output.data, target.data, tally))
+        back, total = output.backend, self.tallied(output, target, table, tally, count)
         dy = empty(back, (), total.dtype)
         scale = {"scale": table.control[:1].reshape(())}
         run(dy, lambda: back.elementwise("seed", graph("dy = scale * (1 / rows)"), scale, {"dy": dy}, table=table))
         return total, dy.reshape(total.shape)
+
+    def tallied(self, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool) -> Tensor:
+        """The sum of the batch's losses, which goes to the tally too, and with count=True the rows right."""
+        back, total = output.backend, self.total(cast(output, table.control.dtype), target)
+        run(total.data, lambda: back.accumulate_loss(total.data, table, tally))
+        if count:
+            run(output.data, lambda: back.top1(output.data, target.data, tally))
+        return total
 
     def total(self, output: Tensor, target: Tensor) -> Tensor:
         """The sum of the batch's losses."""

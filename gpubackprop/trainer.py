@@ -18,7 +18,7 @@ from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
 from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
 from gpubackprop.optimizers import OPTIMIZERS, HostMoments, Optimizer, State
-from gpubackprop.plan import Plan, run
+from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.progress import Bar, Interrupts
 from gpubackprop.room import explained
@@ -299,10 +299,7 @@ class Trainer:
     def _figures(self, x: Array, y: Array) -> dict[str, float]:
         output, target = (Tensor(self.backend.asarray(a), self.backend) for a in (self.model._predict(x), y))
         sums = self._new_sums(y, output.shape[1])
-        back, total, table = self.backend, self.objective.total(output, target), self._new_table(1)
-        run(total.data, lambda: back.accumulate_loss(total.data, table, sums.tally))
-        if sums.counts:
-            run(output.data, lambda: back.top1(output.data, target.data, sums.tally))
+        self.objective.tallied(output, target, self._table, sums.tally, sums.counts)
         sums.add(output, target)
         return sums.figures(len(y), y)
 
