@@ -195,6 +195,11 @@ DERIVED = {
 }
 
 
+# The nodes that have the same bits on every backend; the other functions round as each library does.
+EXACT = {"name", "number", "neg", "sqrt", "abs", "maximum", "minimum", "where", *OPERATORS.values(),
+         *COMPARISONS.values()}  # fmt: skip
+
+
 @dataclass(frozen=True, eq=False)
 class Expr:
     """A node of the interned graph: op is "name", "number", "neg", an operator, a comparison or a function."""
@@ -356,6 +361,11 @@ def walk(roots: Iterable[Expr]) -> list[Expr]:
             stack.append((node, True))
             stack.extend((a, False) for a in reversed(node.args))
     return list(order)
+
+
+def exact(roots: Iterable[Expr]) -> bool:
+    """Whether the graphs have the same bits on every backend."""
+    return all(node.op in EXACT for node in walk(roots))
 
 
 def free_names(*roots: Expr) -> list[str]:

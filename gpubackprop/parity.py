@@ -26,11 +26,11 @@ from gpubackprop.formulas import (
     chain,
     describe,
     evaluate,
+    exact,
     free_names,
     hoist,
     name,
     parse,
-    walk,
 )  # fmt: skip
 
 __all__ = ["DTYPES", "PLACES", "Case", "Disagreement", "Ground", "cases", "compare", "dtype_named"]
@@ -44,8 +44,6 @@ PLACES = ((37, 129, 1), (256, 512, 0), (2051, 70, 0))
 EXACT, FUNCTION, SUM = 0.0, 16.0, 64.0
 CANCELS = {"gelu_tanh backward": 256.0, "mish backward": 256.0}  # x (1 − t²) beyond t = ±0.999
 NARROW = 2.0  # in eps of a 16-bit type: what float32 is off changes the rounding alone, of results or of addends
-BIT_EXACT = {"name", "number", "neg", "+", "-", "*", "/", "sqrt", "abs", "maximum", "minimum", "where",
-             "<", "<=", ">", ">=", "==", "!="}  # fmt: skip
 TF32 = 2.0**-10 / EPS["float32"]  # what TF32 keeps of an operand, in eps
 
 Outputs = Mapping[str, Buffer | Callable[[], Any]]  # buffers, or what reads something else
@@ -187,7 +185,7 @@ def cases() -> tuple[Case, ...]:
 
 def _tolerance(roots: Iterable[Expr]) -> float:
     """Nothing for formulas of + − * / sqrt, comparisons and `where`."""
-    return EXACT if {node.op for node in walk(tuple(roots))} <= BIT_EXACT else FUNCTION
+    return EXACT if exact(roots) else FUNCTION
 
 
 def _map(label: str, graph: Graph, shapes: Callable[[str, int, int], tuple[int, ...]], extremes: bool = True) -> Case:

@@ -12,6 +12,7 @@ from gpubackprop.backends import get_backend
 from gpubackprop.formulas import (
     ACTIVATIONS,
     BINARY,
+    EXACT,
     LOSSES,
     RESULT,
     RULES,
@@ -20,6 +21,7 @@ from gpubackprop.formulas import (
     chain,
     describe,
     evaluate,
+    exact,
     free_names,
     hoist,
     name,
@@ -424,3 +426,13 @@ def test_names_of_rows(rows):
         gb.register_activation("my-row", **SWOOSH)
     with pytest.raises(ValueError, match=r"unknown activation 'rleu'; choose from elu, gelu, .*identity.*, relu"):
         gb.Dense(2, 2, activation="rleu")
+
+
+# ---- what is bit-equal everywhere ----------------------------------------------------------------------------------
+
+
+def test_exact_are_arithmetic_roots_comparisons_and_choices():
+    assert {"name", "number", "neg", "sqrt", "abs", "where", "maximum", "minimum", *"+-*/",
+                     "<", "<=", ">", ">=", "==", "!="} == EXACT  # fmt: skip
+    assert exact(parse("where(a < 1, sqrt(abs(a)), -a / 3)").values())
+    assert not exact(parse("x = a * b\ny = x + exp(a)").values())

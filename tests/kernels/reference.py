@@ -7,7 +7,6 @@ from gpubackprop import formulas
 from gpubackprop.backends import chunked, codegen
 
 DTYPES = {d: np.dtype(ml_dtypes.bfloat16 if d == "bfloat16" else d) for d in codegen.ITEMSIZE}
-EXACT = {"name", "number", "neg", "sqrt", "abs", "where", "maximum", "minimum", *"+-*/", *formulas.COMPARISONS.values()}
 
 
 def arithmetic(dtype):
@@ -17,7 +16,7 @@ def arithmetic(dtype):
 
 def exact(kernel):
     """Whether the kernel's values are the same bits on every backend."""
-    return {node.op for node in formulas.walk(kernel.graph.values())} <= EXACT
+    return formulas.exact(kernel.graph.values())
 
 
 def evaluated(kernel, values, shape, dtype):

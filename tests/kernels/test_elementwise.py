@@ -6,16 +6,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from emulator import build
+from reference import DTYPES, arithmetic, exact
 
 from gpubackprop import formulas
 from gpubackprop.backends import chunked, codegen
 from gpubackprop.backends.base import Workspace
 from gpubackprop.backends.geometry import elementwise_geometry
-from gpubackprop.formulas import FUNCTIONS, apply, name, walk
+from gpubackprop.formulas import EXACT, FUNCTIONS, apply, name
 
 KERNELS = {k.name: k for row in codegen.names() for k in codegen.kernels(row) if isinstance(k, codegen.Kernel)}
-DTYPES = {d: np.dtype(ml_dtypes.bfloat16 if d == "bfloat16" else d) for d in codegen.ITEMSIZE}
-EXACT = {"name", "number", "neg", "sqrt", "abs", "where", "maximum", "minimum", *"+-*/", *formulas.COMPARISONS.values()}
 INEXACT = [f for f in FUNCTIONS if f not in EXACT]  # they round differently from one library to the next
 
 # The functions each as a kernel, and outputs that are each other's inputs.
@@ -24,11 +23,6 @@ SWAP = codegen.Kernel("swap", {"a": name("b"), "b": name("a")}, "swap")
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-3, -1e-3, 6.0, 20.0, -20.0, 1e4, -1e4, np.inf, -np.inf, np.nan]
 GROUPS, ROWS, STRIDE = 3, 4, 2  # in a step table: groups of parameters, steps, and places from one group to the next
-
-
-def arithmetic(dtype):
-    """What a kernel computes in."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 @cache
@@ -148,10 +142,9 @@ def check(kernel, dtype, shape, offset=0, geometry=None):
     arrays = operands(kernel, DTYPES[dtype], shape, offset)
     given, scalars = step_table(kernel, DTYPES[dtype], shape[2])
     values = spread(kernel, DTYPES[dtype], arrays, scalars, shape)
-    exact = {node.op for node in walk(kernel.graph.values())} <= EXACT
     with np.errstate(all="ignore"):
         numpy = by_numpy(kernel, values, shape)
-        expected = numpy if exact else by_kernels(kernel, values)
+        expected = numpy if exact(kernel) else by_kernels(kernel, values)
     launch(kernel, dtype, arrays, shape, geometry, **given)
     for k in kernel.graph:
         with np.errstate(over="ignore"):
