@@ -3,7 +3,7 @@
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from gpubackprop import initializers, ops
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device
+from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device, setting
 from gpubackprop.data import as_features, as_seed
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
@@ -43,14 +43,9 @@ def current_mode() -> Mode:
     return _mode.get()
 
 
-@contextmanager
-def mode(new: Mode) -> Iterator[None]:
+def mode(new: Mode) -> AbstractContextManager[None]:
     """Layers called inside behave in this mode."""
-    token = _mode.set(new)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
+    return setting(_mode, new)
 
 
 def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager[None]:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, use_workspace
+from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, setting, use_workspace
 
 __all__ = ["Plan", "current_layer", "empty", "recording", "release", "run", "within"]
 
@@ -29,14 +29,9 @@ def current_layer() -> str:
     return _layer.get()
 
 
-@contextmanager
-def within(layer: str) -> Iterator[None]:
+def within(layer: str) -> AbstractContextManager[None]:
     """Launches kept inside carry the layer's path."""
-    token = _layer.set(layer)
-    try:
-        yield
-    finally:
-        _layer.reset(token)
+    return setting(_layer, layer)
 
 
 def run(out: Buffer, bind: Callable[[], Launch]) -> None:

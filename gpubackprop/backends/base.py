@@ -3,12 +3,12 @@
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ from gpubackprop.formulas import Expr, walk
 
 __all__ = [
     "CONTROL", "GROWTH_STEPS", "LARGEST_SCALE", "Backend", "Buffer", "CaptureError", "Graph", "Launch", "Staging",
-    "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "flops_of", "is_on_device", "tf32",
-    "use_tf32", "use_workspace", "workspace",
+    "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "flops_of", "is_on_device",
+    "setting", "tf32", "use_tf32", "use_workspace", "workspace",
 ]  # fmt: skip
 
 Buffer = Any  # a NumPy or CuPy array: C-contiguous unless a primitive says otherwise
@@ -96,6 +96,19 @@ class Staging(Protocol):
         """Have what is given from here on wait until the place is filled."""
 
 
+_Value = TypeVar("_Value")
+
+
+@contextmanager
+def setting(variable: ContextVar[_Value], value: _Value) -> Iterator[None]:
+    """Inside, the variable has this value."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
 class Workspace:
     """Scratch that the launches of one thread share, because they never run at the same time."""
 
@@ -117,14 +130,9 @@ def workspace() -> Workspace:
     return own
 
 
-@contextmanager
-def use_workspace(space: Workspace) -> Iterator[None]:
+def use_workspace(space: Workspace) -> AbstractContextManager[None]:
     """Launches bound inside take their scratch from `space`."""
-    token = _workspace.set(space)
-    try:
-        yield
-    finally:
-        _workspace.reset(token)
+    return setting(_workspace, space)
 
 
 def arithmetic(dtype: npt.DTypeLike) -> np.dtype[Any]:
@@ -148,14 +156,9 @@ def tf32() -> bool:
     return _tf32.get()
 
 
-@contextmanager
-def use_tf32(use: bool) -> Iterator[None]:
+def use_tf32(use: bool) -> AbstractContextManager[None]:
     """Float32 products bound inside may, or may not, round their operands to TF32."""
-    token = _tf32.set(use)
-    try:
-        yield
-    finally:
-        _tf32.reset(token)
+    return setting(_tf32, use)
 
 
 # ---- what every backend checks -----------------------------------------------------------------------------------
