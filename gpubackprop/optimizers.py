@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gpubackprop.arena import Arena
 from gpubackprop.backends.base import CONTROL, Buffer, StepTable
-from gpubackprop.formulas import RESULT, RULES, Expr, Rule, apply, describe, evaluate, free_names, hoist, name, parse
+from gpubackprop.formulas import RULES, Expr, Rule, apply, describe, evaluate, free_names, hoist, name, number, parse
 from gpubackprop.plan import run
 
 __all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "HostMoments", "Optimizer", "State"]
@@ -166,10 +166,10 @@ class State:
         A look-ahead is skipped after a step that was: the weights then still stand ahead.
         """
         arena = self.arena
-        factor = {"g": parse("g * factor")[RESULT]} if scaled else {}
+        factor = {"g": apply("*", name("g"), name("factor"))} if scaled else {}
         graph = parse(text, given=factor)
         if skips:
-            ok = parse("where(ok > 0, 1, 0)")[RESULT].args[0]
+            ok = apply(">", name("ok"), number(0))
             graph = {k: apply("where", ok, e, name(k)) for k, e in graph.items()}
         arrays = {"p": arena.weights, "g": arena.gradients} | self.moments
         if copy is not None:

@@ -33,7 +33,6 @@ class Source:
         self.backend = backend
         self.x, self.y = x, y
         self.order = backend.asarray(np.arange(len(x)))
-        self.scale = 1.0  # of x
 
     def begin(self, order: Array | None, sizes: Array) -> Array:
         """Start an epoch in this order (None: as before) of batches of these sizes: the offset of each."""
@@ -156,8 +155,7 @@ class Step:
     def _first(self, source: Source, graphs: "Graphs | None") -> None:
         plan, table = self.plan, self.table
         with plan.record("feed"):
-            run(self.x, lambda: self.backend.feed(
-                source.x, source.y, source.order, table, self.x, self.target, source.scale))  # fmt: skip
+            run(self.x, lambda: self.backend.feed(source.x, source.y, source.order, table, self.x, self.target, 1.0))
         if "gradient" in plan.sections:
             plan.replay(*SECTIONS[1:])
         else:

@@ -16,23 +16,6 @@ x, y = gb.datasets.digits()
 x, y = x[:150], y[:150]
 
 
-@pytest.fixture
-def devices(monkeypatch):
-    """Emulated devices by index, in the place of the real ones."""
-    made = {i: CudaBackend(EmulatedDriver(i)) for i in range(2)}
-    for i, backend in made.items():
-        monkeypatch.setitem(backends._backends, f"cuda:{i}", backend)
-    monkeypatch.setattr(backends, "_index", lambda device, number: int(number[1:]) if number else 0)
-    yield made
-    for backend in made.values():
-        backend.driver.check()
-
-
-@pytest.fixture
-def cuda(devices):
-    return devices[0]
-
-
 def trainer(device="cuda", **arguments):
     model = gb.mlp([64, 24, 10], dropout=0.2).initialize(3)
     return gb.Trainer(model, optimizer=gb.Adam(3e-3), seed=0, device=device, **arguments)
@@ -115,8 +98,8 @@ def test_regression_targets_on_the_device(cuda):
     assert losses[0] == losses[1]
 
 
-def test_arrays_in_different_places_are_errors(devices):
-    cuda, other = devices[0], devices[1]
+def test_arrays_in_different_places_are_errors(cuda):
+    other = backends.get_backend("cuda:1")
     t = trainer()
     with pytest.raises(
         TypeError, match=r"^fit: x lies on a CUDA device but y on the host; move y with cupy\.asarray\(y\)"
@@ -187,7 +170,7 @@ def test_a_capture_that_fails_is_one_warning_and_eager_for_good(cuda, monkeypatc
 # ---- full memory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_does_not_fit_says_what_would(devices, monkeypatch):
+def test_a_step_that_does_not_fit_says_what_would(cuda, monkeypatch):
     model = gb.mlp([64, 512, 512, 10]).initialize(0)
     backend = CudaBackend(EmulatedDriver(0, memory=14_000_000))
     monkeypatch.setitem(backends._backends, "cuda:0", backend)
@@ -214,7 +197,7 @@ def test_a_step_that_does_not_fit_says_what_would(devices, monkeypatch):
 # ---- elsewhere -----------------------------------------------------------------------------------------------------
 
 
-def test_models_move_between_devices_with_their_values(devices):
+def test_models_move_between_devices_with_their_values(cuda):
     t = trainer()
     t.fit(x, y, epochs=1, batch_size=64)
     before = state(t)

@@ -51,14 +51,13 @@ class Formula:
         ones = tuple(k for k, a in self.arrays.items() if k not in self.graph and a.size == 1)
         return ones if len(ones) < len(self.arrays) else ()
 
-    def irregular(self, shape: tuple[int, ...], *, per_column: bool = True) -> bool:
-        """Whether an operand neither has the shape, C-contiguous, nor one element, nor (if allowed) one per column."""
-        allowed = set(self.per_column(shape)) if per_column else set()
-        return any(not _whole(self.arrays[k], shape) and k not in allowed for k in self.reads)
+    def irregular(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The operands that neither have the shape, C-contiguous, nor one element."""
+        return tuple(k for k in self.reads if not _whole(self.arrays[k], shape))
 
     def per_column(self, shape: tuple[int, ...]) -> tuple[str, ...]:
-        """The operands (columns,) or (members, 1, columns), broadcast over the rows; none if they differ in that."""
-        others = [k for k in self.reads if not _whole(self.arrays[k], shape)]
+        """The irregular operands, if all are (columns,) or all (members, 1, columns), broadcast over the rows."""
+        others = self.irregular(shape)
         forms = set()
         for key in others:
             a = self.arrays[key]
@@ -69,7 +68,7 @@ class Formula:
             if members not in (1, shape[0]):
                 return ()
             forms.add(members)
-        return tuple(others) if len(forms) == 1 else ()
+        return others if len(forms) == 1 else ()
 
     def source(self, skeleton: str, label: str, **options: Any) -> tuple[str, str]:
         """(source, name) of the kernel on a skeleton."""

@@ -29,7 +29,6 @@ from gpubackprop.backends.base import (
 from gpubackprop.backends.cuda_state import CudaStaging, CudaStepTable, CudaTally
 from gpubackprop.backends.driver import Call, Driver, Gemm, Stream
 from gpubackprop.backends.geometry import (
-    THREADS,
     Geometry,
     broadcast_geometry,
     collapse,
@@ -157,11 +156,14 @@ class CudaBackend:
         shape, _ = common(label, reads, writes)
         what = what or "; ".join(f"{k} = {describe(e)}" for k, e in graph.items())
         formula = Formula(graph, reads, writes, table and _cuda(table), self.driver.address)
-        call = self._broadcast(label, formula, shape) if formula.irregular(shape) else self._map(label, formula, shape)
+        per_column = formula.per_column(shape)
+        if formula.irregular(shape) == per_column:
+            call = self._map(label, formula, shape, per_column)
+        else:
+            call = self._broadcast(label, formula, shape)
         return self._launch(label, what, reads, writes, flops_of(graph, shape), [call])
 
-    def _map(self, label: str, formula: Formula, shape: tuple[int, ...]) -> Call:
-        per_column = formula.per_column(shape)
+    def _map(self, label: str, formula: Formula, shape: tuple[int, ...], per_column: tuple[str, ...]) -> Call:
         members = max((math.prod(formula.arrays[k].shape[:-1]) for k in per_column), default=1)
         columns = shape[-1] if per_column else math.prod(shape)
         rows = math.prod(shape) // (members * columns)
@@ -190,7 +192,7 @@ class CudaBackend:
         if not size:
             return self.fill(total, 0.0)
         formula = Formula(graph, reads, writes, table and _cuda(table), self.driver.address)
-        expect(label, not formula.irregular(shape, per_column=False), f"operands of {shape} that broadcast")
+        expect(label, not formula.irregular(shape), f"operands of {shape} that broadcast")
         source, kernel = formula.source("Sum", label)
         state = None if table is None and tally is None else _cuda(table).state
         place = sum_geometry(size, formula.lanes)
@@ -209,7 +211,7 @@ class CudaBackend:
         shape, _ = common(label, reads, {key: out})
         expect(label, columns.shape == shape[:-2] + shape[-1:], f"column sums {columns.shape} of {shape}")
         formula = Formula(graph, reads, {key: out}, None, self.driver.address)
-        expect(label, not formula.irregular(shape, per_column=False), f"operands of {shape} that broadcast")
+        expect(label, not formula.irregular(shape), f"operands of {shape} that broadcast")
         what = what or f"{key} = {describe(root)}; columns = Σ {key}"
         writes = {key: out, "columns": columns} if formula.writes else {"columns": columns}
         rows, n, members = shape[-2], shape[-1], math.prod(shape[:-2])
@@ -233,7 +235,7 @@ class CudaBackend:
         shape, _ = common(label, reads, writes)
         steps, suffix = _cuda(table), " [0]" if groups else ""
         formula = Formula(graph, reads, writes, table, self.driver.address, suffix)
-        expect(label, not formula.irregular(shape, per_column=False), f"{shape}")
+        expect(label, not formula.irregular(shape), f"{shape}")
         options = {"row": 1, "groups": bool(groups), "advance": advance}
         source, kernel = formula.source("Kernel", label, **options)
         more: dict[str, Any] = {}
@@ -290,7 +292,7 @@ class CudaBackend:
         arguments = {"out": out, "x": x, "accumulate": accumulate}
         wider = max(x.dtype.itemsize, out.dtype.itemsize)
         if to == of == [1][: len(sizes)]:
-            kernel, place = "copy_flat", _flat(out.size, wider)
+            kernel, place = "copy_flat", geometry.flat_geometry(out.size, wider)
             arguments |= {"size": out.size}
         elif len(sizes) == 2 and to == [sizes[1], 1] and of == [1, sizes[0]]:
             kernel, place = "transpose", geometry.transpose_geometry(sizes[1], sizes[0])
@@ -305,7 +307,7 @@ class CudaBackend:
         """out = value; see Backend."""
         source = cpp.file_unit("copy.cu", _float(out).name, OUTPUT=out.dtype.name)
         types = {"T": _float(out), "O": out.dtype}
-        shape = _flat(out.size, out.dtype.itemsize)
+        shape = geometry.flat_geometry(out.size, out.dtype.itemsize)
         call = self._kernel(source, "fill", types, shape, {"out": out, "value": value, "size": out.size})
         return self._launch("fill", f"out = {value:g}", {}, {"out": out}, 0, [call])
 
@@ -554,11 +556,6 @@ def _copy_layout(shape: Sequence[int], out: Sequence[int], x: Sequence[int]) -> 
 
 def _nothing(stream: Stream) -> None:
     """The launch of a kernel over empty arrays."""
-
-
-def _flat(size: int, itemsize: int) -> Geometry:
-    """A vector of 16 bytes to a thread: blocks of one dimension, as threads of a second one would repeat the work."""
-    return Geometry((-(-size * itemsize // (16 * THREADS)), 1, 1), (THREADS, 1, 1))
 
 
 def _contiguous(shape: Sequence[int]) -> list[int]:

@@ -220,7 +220,7 @@ def reduce_geometry(outer: int, length: int, inner: int, itemsize: int) -> Geome
 
 
 def flat_geometry(size: int, itemsize: int) -> Geometry:
-    """For copy_flat and fill: a vector of 16 bytes to a thread."""
+    """For copy_flat and fill: a vector of 16 bytes to a thread, in blocks of one dimension, as the kernels are."""
     return Geometry((_divided(size, THREADS * (16 // itemsize)), 1, 1), (THREADS, 1, 1))
 
 
