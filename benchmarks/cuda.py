@@ -1,6 +1,5 @@
 """CUDA sources compiled and read back without a GPU: NVRTC, cuobjdump and nvdisasm from their wheels (extra `test`)."""
 
-import ctypes
 import json
 import re
 import struct
@@ -13,31 +12,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpubackprop.backends.driver import OPTIONS
+from gpubackprop.backends import nvrtc
+from gpubackprop.backends.nvrtc import Compiled, CompileError
 
-__all__ = ["ARCHITECTURES", "CompileError", "Compiled", "Function", "Instruction", "compile_cuda", "disassemble"]
+__all__ = [
+    "ARCHITECTURES",
+    "CompileError",
+    "Compiled",
+    "Function",
+    "Instruction",
+    "compile_cuda",
+    "disassemble",
+    "version_in",
+]
 
 # Turing, A100, RTX 30, RTX 40, H100, B100/B200, RTX 50.
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 INSTRUCTION = 16  # bytes
 NEEDED = ("lib/libnvrtc.so.13", "include/cuda_bf16.h", "bin/cuobjdump", "bin/nvdisasm")
-
-
-class CompileError(Exception):
-    """The compiler said something, a warning or an error; the message is what it said."""
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What NVRTC makes of a source; the cubin is empty for a virtual architecture."""
-
-    ptx: str
-    cubin: bytes
-
-    @property
-    def version(self) -> str:
-        """The compiler's, as V13.5.37."""
-        return _version(self.ptx)
 
 
 class Instruction(NamedTuple):
@@ -73,30 +65,13 @@ def toolkit() -> Path:
 
 
 def compile_cuda(source: str, architecture: str, *options: str, headers: bool = True) -> Compiled:
-    """PTX and, for sm_NN, the cubin of a self-contained source; CompileError with any word from the compiler.
-
-    The options are those the library compiles with, and the given ones.
-    """
-    nvrtc = ctypes.CDLL(str(toolkit() / "lib/libnvrtc.so.13"))
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-
-    def read(what: str) -> bytes:
-        getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
-        return buffer.raw
-
-    given = [f"--gpu-architecture={architecture}", *OPTIONS, *options, *[f"-I{toolkit()}/include"] * headers]
-    arguments = (ctypes.c_char_p * len(given))(*(option.encode() for option in given))
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"unit.cu", 0, None, None) != 0:
-        raise CompileError("nvrtcCreateProgram failed")
-    try:
-        status = nvrtc.nvrtcCompileProgram(program, len(given), arguments)
-        if (log := read("ProgramLog").rstrip(b"\0").decode().strip()) or status != 0:
-            raise CompileError(log or f"nvrtcCompileProgram returned {status}")
-        return Compiled(read("PTX").rstrip(b"\0").decode(), read("CUBIN") if architecture.startswith("sm_") else b"")
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    """As the library's own, by the pinned compiler; any word from it is a CompileError."""
+    place = toolkit()
+    include = str(place / "include") if headers else None
+    made = nvrtc.compile_cuda(source, architecture, *options, library=str(place / NEEDED[0]), headers=include)
+    if made.log:
+        raise CompileError(made.log)
+    return made
 
 
 def disassemble(cubins: Sequence[bytes], architecture: str) -> list[dict[str, Function]]:
@@ -112,7 +87,7 @@ def disassemble(cubins: Sequence[bytes], architecture: str) -> list[dict[str, Fu
         for cubin in cubins:
             file.write_bytes(cubin)
             usages.append(dict(re.findall(r"Function (\S+):\n(.*)", _tool("cuobjdump", "--dump-resource-usage", file))))
-    instructions, disassembler = listing["sass-instructions"], _version(about["Producer"])
+    instructions, disassembler = listing["sass-instructions"], version_in(about["Producer"])
     reserved = 1024 if about["SM"]["version"]["major"] >= 9 else 0  # the driver's, which these count as the kernel's
     start, found = 0, []
     for text, usage in zip(texts, usages, strict=True):
@@ -153,7 +128,7 @@ def _tool(name: str, *arguments: str | Path) -> str:
     return subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
 
 
-def _version(text: str) -> str:
+def version_in(text: str) -> str:
     """The first V13.5.37 in a text."""
     match = re.search(r"\bV\d+\.\d+\.\d+", text)
     return match[0] if match else "unknown"

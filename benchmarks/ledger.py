@@ -15,7 +15,7 @@ from pathlib import Path
 from gpubackprop.backends import codegen
 
 from .audit import Accesses, Facts, measure
-from .cuda import ARCHITECTURES, Compiled, CompileError, compile_cuda, disassemble
+from .cuda import ARCHITECTURES, Compiled, CompileError, compile_cuda, disassemble, version_in
 from .inventory import NARROW, Entry, Unit, declared, generated, units
 
 __all__ = ["ALLOWANCE", "COLUMNS", "PATH", "Ledger", "Measured", "compiled", "measured", "value_for", "violations"]
@@ -81,7 +81,7 @@ def compiled(parts: Sequence[Unit], architecture: str) -> list[Measured]:
             mismatch = "" if parameters == expected else f"{', '.join(parameters)} for {', '.join(expected)}"
             limit = re.search(r"\.maxntid (\d+)", head)
             block = int(limit[1]) if limit else 1024
-            tools = f"NVRTC {code.version}, nvdisasm {function.disassembler}"
+            tools = f"NVRTC {version_in(code.ptx)}, nvdisasm {function.disassembler}"
             made.append(Measured(entry, architecture, block, measure(function, architecture, block), tools, mismatch))
     return made
 

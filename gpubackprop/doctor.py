@@ -213,7 +213,7 @@ def _compile(dtype: str) -> tuple[str, Numbers]:
 
     def compiled(name: str) -> str:
         try:
-            return nvrtc.compile_cuda(units[name], "sm_90")
+            return nvrtc.compile_cuda(units[name], "sm_90").log
         except nvrtc.CompileError as error:
             raise Disagreement(f"{name}: {error}") from None
 

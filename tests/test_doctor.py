@@ -284,11 +284,6 @@ def test_a_kernel_that_does_not_compile_is_a_fault(monkeypatch):
     assert result.verdict == "failed" and result.detail.startswith("relu and others: unit.cu(1): error: ")
 
 
-def test_the_cpu_is_no_gpu():
-    with pytest.raises(ValueError, match="doctor: device 'cpu' is no GPU; choose cuda or cuda:N"):
-        doctor.checks("cpu", effort())
-
-
 # ---- the NVIDIA driver ---------------------------------------------------------------------------------------------
 
 
