@@ -8,7 +8,7 @@
 // gridDim.y, columns), and the last block of a tile to arrive at its ticket, one of (members, gridDim.x), adds those
 // up. Every order is fixed: a thread's rows from the top, then halves of the block, then the same over the partials.
 //
-// Geometry: columns_geometry in skeletons.py, from the shape alone. blockDim.y is a power of two; grid (tiles of
+// Geometry: columns_geometry in geometry.py, from the shape alone. blockDim.y is a power of two; grid (tiles of
 // columns, splits of the rows, members); with one split neither partials nor tickets are touched.
 #include "reduce.cuh"
 

@@ -8,7 +8,7 @@
 // Geometry. copy_flat, fill (flat_geometry in backends/geometry.py): any grid of blocks along x. copy
 // (slices_geometry): any grid; blocks along x and threads along y have rows, blocks along y and threads along x the
 // vectors of a row. transpose (transpose_geometry): blocks of (32, 8) threads, any number along x.
-#include "teams.cuh"
+#include "reduce.cuh"
 
 namespace gpubackprop {
 

@@ -9,7 +9,7 @@
 //
 // Geometry (feed_geometry in backends/geometry.py): any grid of any blocks, vectors along x and rows along y. Rows that
 // are no whole number of vectors, or do not start at the boundary of one, go element by element.
-#include "teams.cuh"
+#include "prelude.cuh"
 
 #ifndef TARGET
 #define TARGET T

@@ -29,7 +29,7 @@ DEVICE R squares(const R* __restrict__ g, Index& start, Index size) {
     return sum;
 }
 
-DEVICE void conclude(R* control, R norm, R clip, bool dynamic, R growth) {
+DEVICE void follow(R* control, R norm, R clip, bool dynamic, R growth) {
     const R scale = control[0], limit = clip * scale;
     const bool ok = norm < R(INFINITY);
     control[1] = ok ? (norm > limit ? limit / norm : R(1)) / scale : R(0);
@@ -47,13 +47,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) gradient_norm(R* __restrict
         const Index size) {
     Index start = (blockIdx.x * Index(blockDim.x) + threadIdx.x) * RUN;
     R sum = misaligned(g) == 0 ? squares<RUN>(g, start, size) : R(0);
-    sum = across_block(sum + squares<1>(g, start, size), Add(), R(0));
-    if (thread() == 0) partials[blockIdx.x] = sum;
-    if (!last_block(ticket, gridDim.x)) return;
-    sum = 0;
-    for (int i = thread(); i < int(gridDim.x); i += int(blockDim.x)) sum += partials[i];
-    sum = across_block(sum, Add(), R(0));
-    if (thread() == 0) conclude(control, sqrt(sum), clip, dynamic, growth);
+    sum += squares<1>(g, start, size);
+    if (across_grid(sum, partials, ticket) && thread() == 0) follow(control, sqrt(sum), clip, dynamic, growth);
 }
 
 }  // namespace gpubackprop

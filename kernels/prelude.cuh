@@ -8,12 +8,14 @@
 #ifdef __CUDACC__
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
 #endif
 #else
 #define DEVICE inline
 #define UNROLL
+#define ROLLED
 #include <math.h>
 #include <stddef.h>
 #endif

@@ -54,15 +54,33 @@ DEVICE bool last_block(Word* ticket, Word blocks) {
     return last;
 }
 
+// Whether this block is the last of a grid along x to arrive; then `v` is the sum of the v of all its threads, in each.
+// `partials` has one R for each block, `ticket` is one.
+DEVICE bool across_grid(R& v, R* partials, Word* ticket) {
+    v = across_block(v, Add(), R(0));
+    if (thread() == 0) partials[blockIdx.x] = v;
+    if (!last_block(ticket, gridDim.x)) return false;
+    v = 0;
+    ROLLED for (int i = thread(); i < int(gridDim.x); i += int(blockDim.x * blockDim.y)) v += partials[i];
+    v = across_block(v, Add(), R(0));
+    return true;
+}
+
 // What a training step adds up on the device. One thread calls it, once a step.
 // loss: a sum in two parts, high and low, as exact as twice the bits (Knuth's TwoSum); events: the first bad step (0:
-// none), rows whose largest output stands at the label; state: see feed.cu.
-DEVICE void tally(R* loss, Index* events, const Index* state, R total, Index correct) {
+// none), and the rows right, which others count; state: see feed.cu.
+DEVICE void tally(R* loss, Index* events, const Index* state, R total) {
     const R high = loss[0] + total, part = high - loss[0];
     loss[1] += (loss[0] - (high - part)) + (total - part);
     loss[0] = high;
     if (events[0] == 0 && !(abs(total) < R(INFINITY))) events[0] = state[2] + state[0];
-    events[1] += correct;
+}
+
+// total = Σ v over the grid; tallied if loss is given.
+DEVICE void conclude(R* total, R* partials, Word* ticket, R* loss, Index* events, const Index* state, R v) {
+    if (!across_grid(v, partials, ticket) || thread() > 0) return;
+    total[0] = v;
+    if (loss != nullptr) tally(loss, events, state, v);
 }
 
 }  // namespace gpubackprop

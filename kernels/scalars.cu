@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) advance(Index* __restrict__
 // The tally += total.
 extern "C" __global__ void __launch_bounds__(BOUNDS) accumulate_loss(R* __restrict__ loss, Index* __restrict__ events,
         const R* __restrict__ total, const Index* __restrict__ state) {
-    tally(loss, events, state, total[0], 0);
+    tally(loss, events, state, total[0]);
 }
 
 }  // namespace gpubackprop

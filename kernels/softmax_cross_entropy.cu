@@ -223,20 +223,6 @@ DEVICE void count_right(Index* count, int right) {
     if (thread() == 0 && of_block > 0) atomicAdd(reinterpret_cast<Long*>(count), Long(of_block));
 }
 
-// The sums over the grid; the last block writes them.
-DEVICE void conclude(R* total, R* partials, Word* ticket, R* loss, Index* events, const Index* state, Sums sums) {
-    const R of_block = across_block(sums.loss, Add(), R(0));
-    if (thread() == 0) partials[blockIdx.x] = of_block;
-    if (loss != nullptr) count_right(events + 1, sums.right);
-    if (!last_block(ticket, gridDim.x)) return;
-    R sum = 0;
-    for (int i = thread(); i < int(gridDim.x); i += int(blockDim.x * blockDim.y)) sum += partials[i];
-    sum = across_block(sum, Add(), R(0));
-    if (thread() > 0) return;
-    total[0] = sum;
-    if (loss != nullptr) tally(loss, events, state, sum, 0);
-}
-
 // s: what a row counts for in this step's gradient, times the loss scale; 1 if no column of the table is named.
 DEVICE R share(const R* table, const Index* state, int width, int share_at, const R* scale) {
     if (share_at < 0) return R(1);
@@ -252,7 +238,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) softmax_cross_entropy_label
     const R s = share(table, state, width, share_at, scale);
     const bool aligned = (misaligned(dx) | misaligned(x)) == 0;
     const Sums sums = by_width<Label>(dx, x, labels, s, rows, int(classes), aligned);
-    conclude(total, partials, ticket, loss, events, state, sums);
+    if (loss != nullptr) count_right(events + 1, sums.right);
+    conclude(total, partials, ticket, loss, events, state, sums.loss);
 }
 
 extern "C" __global__ void __launch_bounds__(BOUNDS) softmax_cross_entropy_rows(T* __restrict__ dx,
@@ -263,7 +250,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) softmax_cross_entropy_rows(
     const R s = share(table, state, width, share_at, scale);
     const bool aligned = (misaligned(dx) | misaligned(x) | misaligned(target)) == 0;
     const Sums sums = by_width<Shares>(dx, x, target, s, rows, int(classes), aligned);
-    conclude(total, partials, ticket, loss, events, state, sums);
+    if (loss != nullptr) count_right(events + 1, sums.right);
+    conclude(total, partials, ticket, loss, events, state, sums.loss);
 }
 
 // ---- top-1 ----------------------------------------------------------------------------------------------------------

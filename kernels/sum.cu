@@ -7,25 +7,8 @@
 // elements, whether or not it can load them as one vector, so that the bits depend on the size alone; the blocks' sums
 // go to partials (gridDim.x), and the last block to arrive at the ticket adds them up.
 //
-// Geometry: sum_geometry in skeletons.py, from the size alone: one-dimensional, blocks of whole warps.
+// Geometry: sum_geometry in geometry.py, from the size alone: one-dimensional, blocks of whole warps.
 #include "reduce.cuh"
-
-namespace gpubackprop {
-
-// total = Σ of the blocks' sums, each the sum over its threads; tallied if loss is given.
-DEVICE void add_all(R* total, R* partials, Word* ticket, R* loss, Index* events, const Index* state, R sum) {
-    sum = across_block(sum, Add(), R(0));
-    if (thread() == 0) partials[blockIdx.x] = sum;
-    if (!last_block(ticket, gridDim.x)) return;
-    sum = 0;
-    for (Index i = thread(); i < gridDim.x; i += blockDim.x) sum += partials[i];
-    sum = across_block(sum, Add(), R(0));
-    if (thread() > 0) return;
-    total[0] = sum;
-    if (loss != nullptr) tally(loss, events, state, sum, 0);
-}
-
-}  // namespace gpubackprop
 
 // ---- for each kernel ------------------------------------------------------------------------------------------------
 
@@ -53,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) $name($parameters) {
     R sum = 0;
     if (($misaligned) == 0) ${name}_runs<LANES>($inner_arguments, start, sum);
     ${name}_runs<1>($inner_arguments, start, sum);
-    add_all(total, partials, ticket, loss, events, state, sum);
+    conclude(total, partials, ticket, loss, events, state, sum);
 }
 
 }  // namespace gpubackprop

@@ -7,12 +7,6 @@
 
 #include "reduce.cuh"
 
-#ifdef __CUDACC__
-#define ROLLED _Pragma("unroll 1")
-#else
-#define ROLLED
-#endif
-
 namespace gpubackprop {
 
 // W elements from x on, of which `left` exist; the others are 0. VECTORS: all exist, and stand on the boundary.

@@ -487,7 +487,7 @@ CAUGHT = {
 SANITIZED = {
     "an element more than there is": (check_forward, ONE_MORE, "AddressSanitizer: heap-buffer-overflow"),
     "a partial sum more than there is": (
-        check_sum, ("i < gridDim.x", "i <= gridDim.x"), "AddressSanitizer: heap-buffer-overflow",
+        check_sum, ("i < int(gridDim.x)", "i <= int(gridDim.x)"), "AddressSanitizer: heap-buffer-overflow",
     ),
     "a shared value more than there is": (
         check_totals, ("of_warp[thread() / WARP] = v", "of_warp[thread() / WARP + 29] = v"), "index 32 out of bounds",
