@@ -86,6 +86,9 @@ def _update() -> list[str]:
 
 def _table(ledger: Ledger, names: Collection[str], arch: str | None, dtype: str | None) -> Iterator[str]:
     """The chosen lines in columns as wide as they need; a heading's words stand one below another."""
+    if not any(dtype in (None, key[1]) for key in ledger.lines):
+        types = ", ".join(dict.fromkeys(key[1] for key in ledger.lines))
+        raise click.ClickException(f"no types {dtype!r} in the ledger; choose from {types}")
     rows = [
         [*key, *(value_for(arch, cell) if arch else _range(cell) for cell in line.values())]
         for key, line in ledger.lines.items()

@@ -70,15 +70,9 @@ def generated() -> dict[str, codegen.Skeleton]:
     return {k.name: k for row in codegen.names() for k in codegen.kernels(row)}
 
 
-@cache
-def homes() -> dict[str, str]:
-    """The row or the file that each kernel is compiled with."""
-    return {k.name: row for row in codegen.names() for k in codegen.kernels(row)} | codegen.written()
-
-
 def inventory() -> list[Entry]:
     """Every kernel in every choice of types: float32, float64, float16, bfloat16, and where it converts more."""
-    entries = [Entry(name, dtype) for dtype in codegen.ITEMSIZE for name in homes()]
+    entries = [Entry(name, dtype) for dtype in codegen.ITEMSIZE for name in codegen.homes()]
     for name, file in codegen.written().items():
         entries += [Entry(name, dtype, tuple(types.items())) for dtype, types in CONVERSIONS.get(file, [])]
     return entries
@@ -89,7 +83,7 @@ def representative() -> list[tuple[Entry, str]]:
     the name of its row or file falls on: a choice that stays when other kernels come and go."""
     first = [(entry, "sm_90") for entry in inventory() if entry.dtype == "float32"]
     others = [(dtype, a) for a in ARCHITECTURES for dtype in codegen.ITEMSIZE if (dtype, a) != ("float32", "sm_90")]
-    for name, home in homes().items():
+    for name, home in codegen.homes().items():
         dtype, architecture = others[crc32(home.encode()) % len(others)]
         first.append((Entry(name, dtype), architecture))
     return first
@@ -100,16 +94,13 @@ def units(entries: Iterable[Entry]) -> list[Unit]:
 
     More in one unit would compile sooner, but a kernel's code is not quite the same in every company.
     """
+    homes = codegen.homes()
     grouped: dict[Entry, list[Entry]] = {}
     for entry in entries:
-        grouped.setdefault(replace(entry, name=homes()[entry.name]), []).append(entry)
+        grouped.setdefault(replace(entry, name=homes[entry.name]), []).append(entry)
     made = []
     for home, group in grouped.items():
-        if home.name in codegen.names():
-            source = codegen.source(home.name, home.dtype)
-        else:
-            source = codegen.file_unit(home.name, home.dtype, **dict(home.types))
-        made.append(Unit(source, tuple(group)))
+        made.append(Unit(codegen.source(home.name, home.dtype, **dict(home.types)), tuple(group)))
     return made
 
 

@@ -331,16 +331,22 @@ def _planned(device: str, gpu: str | None) -> tuple[str, str | None]:
 @click.argument("name", required=False)
 @click.option("--dtype", default="float32", show_default=True, help="float32, float64, float16 or bfloat16.")
 def kernels(name: str | None, dtype: str) -> None:
-    """Print the CUDA source of kernel NAME, or all names.
+    """Print the CUDA source that holds kernel NAME, or all that a formula's NAME is rendered to; without, all names.
 
     \b
     Examples:
       gpubackprop kernels
       gpubackprop kernels gelu --dtype float16
+      gpubackprop kernels softmax_cross_entropy_labels
     """
     from gpubackprop.backends import codegen
 
-    _print("\n".join(codegen.names()) if name is None else codegen.source(name, dtype))
+    if name is not None:
+        _print(codegen.source(name, dtype))
+        return
+    homes = codegen.homes()
+    width = max(map(len, homes))
+    _print("\n".join(f"{kernel:<{width}}  {home}" for kernel, home in homes.items()))
 
 
 @main.command()

@@ -92,6 +92,7 @@ class Gpu:
     tf32: float
     float16: float
     bfloat16: float
+    lacks: tuple[str, ...] = ()  # precisions it has no units for: at the rate of float32
 
     def rate(self, precision: str) -> float:
         """FLOP/s of products in that precision."""
@@ -100,8 +101,8 @@ class Gpu:
 
 
 GPUS = {
-    # NVIDIA Turing architecture whitepaper and T4 data sheet; it has neither TF32 nor bfloat16
-    "t4": Gpu("NVIDIA T4", 320, 0.25, 8.1, 8.1, 65, 8.1),
+    # NVIDIA Turing architecture whitepaper and T4 data sheet
+    "t4": Gpu("NVIDIA T4", 320, 0.25, 8.1, 8.1, 65, 8.1, lacks=("tf32", "bfloat16")),
     # NVIDIA A100 data sheet, SXM with 80 GB; float64 on tensor cores
     "a100": Gpu("NVIDIA A100 SXM 80 GB", 2039, 19.5, 19.5, 156, 312, 312),
     # NVIDIA L4 data sheet, whose tensor figures are with sparsity: halved
@@ -124,10 +125,11 @@ def roofline(plan: Plan, gpu: Gpu, precision: str) -> str:
         total += max(arithmetic, memory)
         bound = "arithmetic" if arithmetic > memory else "memory"
         rows.append(f"{launch.layer:<8}  {launch.name:<24}  {1e6 * max(arithmetic, memory):12.3f}  {bound}")
+    lacks = f" at the rate of float32, for want of {precision} units" if precision in gpu.lacks else ""
     return "\n".join([
         f"roofline MODEL of one {gpu.name}, not a measurement: by its published peaks, {gpu.bandwidth:,g} GB/s for "
-        f"what each launch reads and writes, {gpu.rate(precision) / 1e12:,g} TFLOP/s in {precision} products; the cost "
-        "of launching is left out",
+        f"what each launch reads and writes, {gpu.rate(precision) / 1e12:,g} TFLOP/s in {precision} products{lacks}; "
+        "the cost of launching is left out",
         f"{'layer':<8}  {'launch':<24}  {'model, µs':>12}  bound by", *rows,
         f"{'':<8}  {'the step':<24}  {1e6 * total:12.3f}",
     ])  # fmt: skip

@@ -473,8 +473,10 @@ def test_explain_models_a_gpu(folder):
 
 
 def test_kernels():
-    names = run("kernels").split()
-    assert {"gelu", "adam"} <= set(names)
+    homes = dict(line.split() for line in run("kernels").splitlines())
+    assert homes["gelu_backward_bias"] == "gelu" and homes["top1"] == "softmax_cross_entropy.cu"
+    assert run("kernels", "top1") == run("kernels", "softmax_cross_entropy.cu") != run("kernels", "gather")
+    assert run("kernels", "adam_update", "--dtype", "float64") == run("kernels", "adam", "--dtype", "float64")
     assert "__global__" in run("kernels", "gelu") and "__half" in run("kernels", "gelu", "--dtype", "float16")
     assert "gelu" in fails("kernels", "glue")
     assert "float128" in fails("kernels", "gelu", "--dtype", "float128")

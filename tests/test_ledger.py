@@ -326,6 +326,12 @@ def test_the_command_prints_the_ledger():
 def test_the_command_names_what_is_wrong():
     failed = CliRunner().invoke(command.main, ["kernels", "rleu"])
     assert failed.exit_code == 1 and "no such kernel in the ledger" in failed.output
+    failed = CliRunner().invoke(command.main, ["kernels", "relu_forward", "--dtype", "int8"])
+    assert (
+        failed.exit_code == 1
+        and "no types 'int8' in the ledger; choose from " in failed.output
+        and ", float32" in failed.output
+    )
 
 
 def test_the_command_writes_the_ledger(one, tmp_path, monkeypatch):

@@ -22,19 +22,28 @@ from gpubackprop.backends.cpp import C_TYPES, ITEMSIZE, file_unit, signature, so
 from gpubackprop.backends.skeletons import Broadcast, Columns, Kernel, Skeleton, Sum, unit
 
 __all__ = [
-    "C_TYPES", "ITEMSIZE", "Broadcast", "Columns", "Kernel", "Skeleton", "Sum", "file_unit", "kernels", "names",
-    "signature", "source", "sources", "statements", "unit", "written",
+    "C_TYPES", "ITEMSIZE", "Broadcast", "Columns", "Kernel", "Skeleton", "Sum", "file_unit", "homes", "kernels",
+    "names", "signature", "source", "sources", "statements", "unit", "written",
 ]  # fmt: skip
 
 
 def names() -> list[str]:
-    """Everything that `source` prints."""
+    """The activations, functions, losses and update rules."""
     return sorted({key for table, _ in _makers() for key in table})
 
 
-def source(name: str, dtype: str = "float32") -> str:
-    """The kernels of an activation, function, loss or update rule with the prelude, ready to compile."""
-    return unit(kernels(name), dtype)
+def homes() -> dict[str, str]:
+    """Every kernel: the row it is made from, or the file of kernels/ it is written in."""
+    return {k.name: row for row in names() for k in kernels(row)} | written()
+
+
+def source(name: str, dtype: str = "float32", **types: str) -> str:
+    """All that a row is rendered to, or a file of kernels/, or what holds the kernel of that name: with what it
+    includes, ready to compile. `types` names the dtypes of SOURCE, OUTPUT, TARGET in a file that converts.
+
+    ValueError listing the names if there is none such."""
+    home = homes().get(name, name)
+    return file_unit(home, dtype, **types) if home in written().values() else unit(kernels(home), dtype)
 
 
 def kernels(name: str) -> list[Skeleton]:
@@ -42,7 +51,7 @@ def kernels(name: str) -> list[Skeleton]:
     for table, make in _makers():
         if name in table:
             return make(table[name])
-    raise ValueError(f"unknown kernel {name!r}; choose from {', '.join(names())}")
+    raise ValueError(f"unknown kernel {name!r}; choose from {', '.join([*names(), *written()])}")
 
 
 def _makers() -> list[tuple[Mapping[str, Any], Callable[[Any], list[Skeleton]]]]:
