@@ -138,6 +138,17 @@ class Rule:
     update: str
     before: str = ""
 
+    def graph(self, *, before: bool = False, scaled: bool = False, skips: bool = False) -> dict[str, "Expr"]:
+        """The graphs of `update`, or of `before`, by array; empty if it has none.
+
+        scaled: the gradient is g * factor. skips: the arrays keep their values unless `ok` is above 0.
+        """
+        if not (text := self.before if before else self.update):
+            return {}
+        graph = parse(text, given={"g": apply("*", name("g"), name("factor"))} if scaled else {})
+        ok = apply(">", name("ok"), number(0))
+        return {k: apply("where", ok, e, name(k)) for k, e in graph.items()} if skips else graph
+
 
 ADAM = """
 m += (1 - beta1) * (g - m)
@@ -371,6 +382,17 @@ def exact(roots: Iterable[Expr]) -> bool:
 def free_names(*roots: Expr) -> list[str]:
     """The names the graphs read, in order of first use."""
     return [str(n.value) for n in walk(roots) if n.op == "name"]
+
+
+def renamed(graph: Mapping[str, Expr], names: Mapping[str, str]) -> dict[str, Expr]:
+    """The graphs with other names for those they read."""
+    done: dict[Expr, Expr] = {}
+    for node in walk(graph.values()):
+        if node.op == "name":
+            done[node] = name(names.get(str(node.value), str(node.value)))
+        else:
+            done[node] = apply(node.op, *(done[a] for a in node.args)) if node.args else node
+    return {k: done[e] for k, e in graph.items()}
 
 
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}

@@ -36,7 +36,7 @@ def activation_row(activation: str) -> Activation:
 def _dense_graph(row: Activation, bias: bool) -> Graph:
     """y = f(x + b); the pre-activation is kept in x only if f' is written in it."""
     x = apply("+", name("x"), name("b")) if bias else name("x")
-    return {"x": x, "y": row.forward_graph(x)} if "x" in row.needs else {"y": row.forward_graph(x)}
+    return {"y": row.forward_graph(x)} | ({"x": x} if "x" in row.needs else {})
 
 
 def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor:

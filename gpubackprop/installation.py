@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpubackprop import __version__
-from gpubackprop.backends import nvrtc, why_not_cuda
+from gpubackprop.backends import native, nvrtc, why_not_cuda
 
 __all__ = ["NvidiaDriver", "installed", "nvidia_driver", "versions"]
 
@@ -68,11 +68,13 @@ def versions() -> list[tuple[str, str]]:
         compiler = f"NVRTC {nvrtc.version()}"
     except (ImportError, OSError):
         compiler = "not installed"
-    reason = why_not_cuda()
+    reason, missing = why_not_cuda(), native.why_not_native()
+    kernels = f"not in use: {missing}" if missing else f"{native.library().instructions}, {native.cores()} cores"
     return [
         ("gpubackprop", f"{__version__}, {Path(__file__).parent}"),
         ("Python", f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPU cores"),
         ("NumPy", f"{np.__version__}, BLAS: {blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()),
+        ("CPU kernels", kernels),
         *((package, installed(package).removeprefix(f"{package} ")) for package in ("click", "tqdm", "safetensors")),
         ("driver", str(nvidia_driver() or "no NVIDIA driver")),
         ("CuPy", installed(*CUPY)),

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gpubackprop.arena import Arena
 from gpubackprop.backends.base import CONTROL, Buffer, StepTable
-from gpubackprop.formulas import RULES, Expr, Rule, apply, describe, evaluate, free_names, hoist, name, number, parse
+from gpubackprop.formulas import RULES, Expr, Rule, describe, evaluate, free_names, hoist
 from gpubackprop.plan import run
 
 __all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "HostMoments", "Optimizer", "State"]
@@ -123,8 +123,8 @@ class State:
         """The columns of the step table: for each group every expression of scalars alone, and its constants."""
         found: dict[str, tuple[Expr, dict[str, float]]] = {}
         for i, (_, more) in enumerate(self.groups):
-            for text in filter(None, (self.rule.before, self.rule.update)):
-                for e in hoist(parse(text), ("p", "g", *self.rule.state))[1].values():
+            for before in (True, False):
+                for e in hoist(self.rule.graph(before=before), ("p", "g", *self.rule.state))[1].values():
                     column = f"{describe(e)} [{i}]" if len(self.groups) > 1 else describe(e)
                     found[column] = e, self.optimizer.constants | more
         return found
@@ -155,22 +155,13 @@ class State:
         scaled = dynamic or clip < math.inf
         if scaled and not before:
             run(table.control, lambda: back.gradient_norm(gradients, table, clip=clip, dynamic=dynamic))
-        if text := self.rule.before if before else self.rule.update:
-            self._launch(text, table, copy, scaled=scaled, skips=dynamic, advance=not before)
+        # A look-ahead is skipped after a step that was: the weights then still stand ahead.
+        if graph := self.rule.graph(before=before, scaled=scaled, skips=dynamic):
+            self._launch(graph, table, copy, before)
 
-    def _launch(
-        self, text: str, table: StepTable, copy: Buffer | None, *, scaled: bool, skips: bool, advance: bool
-    ) -> None:
-        """One launch over the arena; where `skips`, the arrays keep their values unless the last gradient was finite.
-
-        A look-ahead is skipped after a step that was: the weights then still stand ahead.
-        """
+    def _launch(self, graph: dict[str, Expr], table: StepTable, copy: Buffer | None, before: bool) -> None:
+        """One launch over the arena."""
         arena = self.arena
-        factor = {"g": apply("*", name("g"), name("factor"))} if scaled else {}
-        graph = parse(text, given=factor)
-        if skips:
-            ok = apply(">", name("ok"), number(0))
-            graph = {k: apply("where", ok, e, name(k)) for k, e in graph.items()}
         arrays = {"p": arena.weights, "g": arena.gradients} | self.moments
         if copy is not None:
             graph, arrays = graph | {"q": graph["p"]}, arrays | {"q": copy}
@@ -178,8 +169,9 @@ class State:
         names = dict.fromkeys((*free_names(*graph.values()), *graph))
         used: dict[str, Buffer] = {k: arrays[k].reshape(-1) for k in names if k in arrays}
         groups = [part for part, _ in self.groups] if len(self.groups) > 1 else []
+        what = (self.rule.before if before else self.rule.update).strip()
         run(arena.weights, lambda: arena.backend.update(
-            self.rule.name, graph, used, table, groups=groups, advance=advance, what=text.strip()))  # fmt: skip
+            self.rule.name, graph, used, table, groups=groups, advance=not before, what=what))  # fmt: skip
 
     def host(self) -> HostMoments:
         """The moments as NumPy arrays, by moment and parameter."""

@@ -125,7 +125,9 @@ def compare(case: Case, back: Backend, dtype: str, places: Iterable[tuple[int, i
     """The case's worst error on a backend, in eps of the results' types; Disagreement beyond its tolerance."""
     worst = 0.0
     for rows, columns, off in places:
-        reference, found = (_outputs(case, Ground(b, dtype, off), rows, columns) for b in (get_backend("cpu"), back))
+        reference, found = (
+            _outputs(case, Ground(b, dtype, off), rows, columns) for b in (get_backend("cpu:reference"), back)
+        )
         for key, expected in reference.items():
             error, where = _error(found[key], expected, largest=case.tolerance >= SUM)
             allowed = _allowed(case, dtype, expected.dtype)

@@ -9,12 +9,12 @@
 // Geometry (norm_geometry in backends/geometry.py): blocks of THREADS along x; `partials` has one R for each; there is
 // one ticket. A thread adds up runs of 16 bytes, whether or not it can load them as vectors, so that the bits depend on
 // the size alone.
+#include "control.cuh"
 #include "reduce.cuh"
 
 namespace gpubackprop {
 
 constexpr int RUN = 16 / sizeof(R);
-constexpr R LARGEST_SCALE = R(1 << 24);
 
 // Σ g² over this thread's runs from `start` on, as far as they hold W elements at a time; `start` is left at the next.
 template <int W>
@@ -27,19 +27,6 @@ DEVICE R squares(const R* __restrict__ g, Index& start, Index size) {
         }
     }
     return sum;
-}
-
-DEVICE void follow(R* control, R norm, R clip, bool dynamic, R growth) {
-    const R scale = control[0], limit = clip * scale;
-    const bool ok = norm < R(INFINITY);
-    control[1] = ok ? (norm > limit ? limit / norm : R(1)) / scale : R(0);
-    control[2] = ok ? R(1) : R(0);
-    if (!dynamic) return;
-    const R good = ok ? control[3] + R(1) : R(0);
-    const bool grows = good >= growth;
-    control[3] = grows ? R(0) : good;
-    if (!ok) control[0] = maximum(scale / R(2), R(1));
-    else if (grows) control[0] = minimum(scale * R(2), LARGEST_SCALE);
 }
 
 extern "C" __global__ void __launch_bounds__(BOUNDS) gradient_norm(R* __restrict__ control, R* __restrict__ partials,

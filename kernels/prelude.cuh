@@ -107,6 +107,9 @@ DEVICE size_t misaligned(const void* x) { return reinterpret_cast<size_t>(x) % 1
 // ---- the functions of the formula language --------------------------------------------------------------------------
 // Inside this namespace they hide the global ones, so that one text serves both arithmetic types.
 
+#ifdef OWN_FUNCTIONS  // the host's, which become vectors
+#include <functions.h>
+#else
 #define FUNCTION(f, of_float, of_double)               \
     DEVICE float f(float x) { return ::of_float(x); }  \
     DEVICE double f(double x) { return ::of_double(x); }
@@ -125,6 +128,7 @@ DEVICE double pow(double x, double y) { return ::pow(x, y); }
 // NaN if either is NaN, and b of two zeros, as NumPy has it; fmax would drop a NaN.
 DEVICE R maximum(R a, R b) { return a > b || a != a ? a : b; }
 DEVICE R minimum(R a, R b) { return a < b || a != a ? a : b; }
+#endif
 
 // ---- random numbers -------------------------------------------------------------------------------------------------
 

@@ -170,7 +170,7 @@ def test_updates_are_bit_equal(optimizer, how, cuda):
                 backend.write(arena.slice(arena.gradients, key), np.inf if how == "scaled" and step == 2 else g)
             if how == "clipped":  # the norm is a sum: what follows from it is given
                 backend.write(table.control, np.array([1, 1 / (step + 1), 1, 0]))
-                state._launch(state.rule.update, table, None, scaled=True, skips=False, advance=True)
+                state._launch(state.rule.graph(scaled=True), table, None, before=False)
             else:
                 state.record(table, dynamic=how == "scaled", copy=copy)
             kept = [arena.weights, *state.moments.values(), *([copy] if how == "scaled" else [])]

@@ -17,7 +17,7 @@ from gpubackprop.backends.driver import CaptureError
 from gpubackprop.doctor import Effort
 from gpubackprop.formulas import apply, number
 
-CPU = get_backend("cpu")
+CPU = get_backend("cpu:reference")
 PLACES = ((5, 19, 1), (3, 128, 0))
 FEW = ("relu forward", "tanh backward", "tanh backward, bias", "adam update", "cross entropy, labels", "product x @ w")
 without_gpu = pytest.mark.skipif(why_not_cuda() is None, reason="CUDA works here")

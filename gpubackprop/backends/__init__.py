@@ -1,5 +1,6 @@
 """Where tensors live: `get_backend(device)` gives the backend of a device string."""
 
+import os
 import re
 import threading
 from functools import cache
@@ -21,6 +22,7 @@ def get_backend(device: str = "auto") -> Backend:
 
     "auto" is CUDA where it works, else NumPy, and says once in the log why. An explicit "cuda" that cannot work is a
     RuntimeError with the reason and the remedy, never a silent CPU run. "cuda:plan" plans for CUDA without a device.
+    "cpu" is NumPy with the native library's kernels, if that was built; "cpu:reference" is NumPy alone.
     """
     if not isinstance(device, str):
         raise TypeError(
@@ -29,8 +31,8 @@ def get_backend(device: str = "auto") -> Backend:
     name = _auto() if device == "auto" else device
     if (cuda := re.fullmatch(r"cuda(:\d+)?", name)) is not None:
         name = f"cuda:{_index(name, cuda[1])}"
-    elif name not in ("cpu", "cuda:plan"):
-        raise ValueError(f"unknown device {device!r}; choose from auto, cpu, cuda, cuda:N, cuda:plan")
+    elif name not in ("cpu", "cpu:reference", "cuda:plan"):
+        raise ValueError(f"unknown device {device!r}; choose from auto, cpu, cuda, cuda:N, cuda:plan, cpu:reference")
     with _lock:
         if name not in _backends:
             _backends[name] = _make(name)
@@ -71,10 +73,8 @@ def _obstacle(index: int) -> tuple[str, str] | None:
 
 
 def _make(name: str) -> Backend:
-    if name == "cpu":
-        from gpubackprop.backends.numpy import NumpyBackend
-
-        return NumpyBackend()
+    if name.startswith("cpu"):
+        return _make_cpu(name)
     from gpubackprop.backends.cuda import CudaBackend
 
     if name == "cuda:plan":
@@ -84,6 +84,22 @@ def _make(name: str) -> Backend:
     from gpubackprop.backends.cupy import CupyDriver
 
     return CudaBackend(CupyDriver(int(name.removeprefix("cuda:"))))
+
+
+def _make_cpu(name: str) -> Backend:
+    from gpubackprop.backends.native import NativeBackend, library, why_not_native
+    from gpubackprop.backends.numpy import NumpyBackend
+
+    if name == "cpu:reference":
+        return NumpyBackend()
+    if (reason := why_not_native()) is None:
+        return NativeBackend(library())
+    if os.environ.get("GPUBACKPROP_REQUIRE_NATIVE") == "1":
+        raise RuntimeError(f"device 'cpu': the native library is not in use: {reason}")
+    import logging
+
+    logging.getLogger("gpubackprop").info("device 'cpu' is NumPy alone: %s", reason)
+    return NumpyBackend("cpu")
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpubackprop.backends import skeletons
 from gpubackprop.backends.base import Buffer, Graph, StepTable
-from gpubackprop.formulas import Expr, apply, describe, free_names, hoist, name, walk
+from gpubackprop.formulas import Expr, describe, free_names, hoist, name, renamed
 
 __all__ = ["Formula", "steps_of"]
 
@@ -28,7 +28,7 @@ class Formula:
         for key, array in (*writes.items(), *reads.items()):
             names[key] = known.setdefault((address(array), array.shape, array.strides, array.dtype), f"a{len(known)}")
             self.arrays[names[key]] = array
-        self.graph: Graph = _renamed(graph, names)
+        self.graph: Graph = {names.get(k, k): e for k, e in renamed(graph, names).items()}
         hoisted: Mapping[str, Expr] = {}
         if table is not None:
             self.graph, hoisted = hoist(self.graph, self.arrays)
@@ -96,16 +96,6 @@ def _places(table: Any, hoisted: Mapping[str, Expr], suffix: str) -> dict[str, A
     """The arguments that say where the scalars are."""
     at = {f"{k}_at": table.columns.index(describe(e) + suffix) for k, e in hoisted.items()}
     return {"table": table.table, "state": table.state, "width": table.width, **at}
-
-
-def _renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
-    done: dict[Expr, Expr] = {}
-    for node in walk(graph.values()):
-        if node.op == "name":
-            done[node] = name(names.get(str(node.value), str(node.value)))
-        else:
-            done[node] = apply(node.op, *(done[a] for a in node.args)) if node.args else node
-    return {names.get(k, k): done[e] for k, e in graph.items()}
 
 
 @cache

@@ -1,7 +1,7 @@
 """The reference backend: every primitive bound to NumPy calls that allocate nothing when replayed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -28,7 +28,7 @@ from gpubackprop.backends.base import (
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally, Wide
 from gpubackprop.formulas import apply, describe, free_names, hoist, name
 
-__all__ = ["NumpyBackend", "NumpyStepTable", "NumpyTally"]
+__all__ = ["Calls", "NumpyBackend", "NumpyStepTable", "NumpyTally", "calls_of"]
 
 Array = npt.NDArray[Any]
 Call = Callable[[], object]
@@ -49,11 +49,21 @@ class Calls:
                 call()
 
 
-class NumpyBackend:
-    """NumPy arrays, and no compiled code of ours."""
+def calls_of(launches: Sequence[Launch]) -> list[Call]:
+    """All calls of the launches, in order."""
+    return [c for launch in launches for c in getattr(launch.run, "calls", (launch.run,))]
 
-    device = "cpu"
+
+class NumpyBackend:
+    """NumPy arrays, and no compiled code of ours.
+
+    A primitive checks and says what it does; the method under its name with an underscore has the calls.
+    """
+
     xp = np
+
+    def __init__(self, device: str = "cpu:reference") -> None:
+        self.device = device
 
     # ---- buffers
 
@@ -96,7 +106,7 @@ class NumpyBackend:
 
     def sequence(self, launches: Sequence[Launch]) -> Call:
         """One call that runs the launches in order, unrolled into one flat list."""
-        return Calls([c for launch in launches for c in getattr(launch.run, "calls", (launch.run,))])
+        return Calls(calls_of(launches))
 
     def capture(self, launches: Sequence[Launch]) -> Call:
         """Nothing to capture with; see Backend."""
@@ -114,9 +124,16 @@ class NumpyBackend:
             reads = {**reads, **writes}
         shape, dtype = common(label, reads, writes)
         what = what or "; ".join(f"{k} = {describe(e)}" for k, e in graph.items())
-        graph, scalars = _scalars(graph, reads, table)
-        calls = _elementwise(graph, reads, writes, shape, dtype, scalars)
+        calls = self._map(graph, reads, writes, shape, dtype, table)
         return _launch(label, what, reads, writes, flops_of(graph, shape), calls)
+
+    def _map(
+        self, graph: Graph, reads: Mapping[str, Array], writes: Mapping[str, Array], shape: tuple[int, ...],
+        dtype: np.dtype[Any], table: StepTable | None, suffix: str = "", applied: bool = False,
+    ) -> list[Call]:  # fmt: skip
+        """writes[k] = graph[k]; scalars are the table's columns with that suffix."""
+        graph, scalars = _scalars(graph, reads, table, suffix, applied=applied)
+        return _elementwise(graph, reads, writes, shape, dtype, scalars)
 
     def elementwise_sum(
         self, label: str, graph: Graph, reads: Mapping[str, Array], total: Array,
@@ -126,18 +143,27 @@ class NumpyBackend:
         """total = Σ graph["total"]; writes[k] = graph[k]; see Backend."""
         shape, dtype = common(label, {**reads, "total": total}, writes)
         what = what or f"total = Σ {describe(graph['total'])}"
+        graph = dict(sorted(graph.items(), key=lambda item: item[0] != "total"))
+        calls = self._sum(graph, reads, total, writes, shape, dtype, table, tally)
+        flops = flops_of(graph, shape) + math.prod(shape)
+        return _launch(label, what, reads, {"total": total, **writes} | _buffers(tally), flops, calls)
+
+    def _sum(
+        self, graph: Graph, reads: Mapping[str, Array], total: Array, writes: Mapping[str, Array],
+        shape: tuple[int, ...], dtype: np.dtype[Any], table: StepTable | None, tally: Tally | None,
+    ) -> list[Call]:  # fmt: skip
+        """total = Σ of the graph's first output, and to the tally; the others are written."""
         partials = np.zeros(sum(1 for _ in chunked.chunks(shape)) if math.prod(shape) else 1, dtype)
 
         def add_up(values: Array, n: int) -> list[Call]:
             return [partial(np.add.reduce, values, None, None, partials[n : n + 1].reshape(()))]
 
-        graph, scalars = _scalars(dict(sorted(graph.items(), key=lambda item: item[0] != "total")), reads, table)
+        graph, scalars = _scalars(graph, reads, table)
         calls = _elementwise(graph, reads, writes, shape, dtype, scalars, add_up)
         calls.append(partial(np.add.reduce, partials, None, None, total))
         if tally is not None:
             calls.append(_tally(tally).adding(total, _numpy(table)))
-        flops = flops_of(graph, shape) + math.prod(shape)
-        return _launch(label, what, reads, {"total": total, **writes} | _buffers(tally), flops, calls)
+        return calls
 
     def elementwise_columns(
         self, label: str, graph: Graph, reads: Mapping[str, Array], out: Array, columns: Array, *,
@@ -148,14 +174,22 @@ class NumpyBackend:
         shape, dtype = common(label, reads, {key: out})
         expect(label, columns.shape == shape[:-2] + shape[-1:], f"column sums {columns.shape} of {shape}")
         in_place = root.op == "name" and reads[str(root.value)] is out
-        wide = Wide()
-        inputs = {k: wide.read(a) for k, a in reads.items()}
-        to = wide.read(out) if in_place else wide.write(out)
-        calls = [] if in_place else chunked.bind(graph, inputs, {key: to}, shape, dtype, workspace())
-        calls = wide.around([*calls, *rows.column_sum(to, wide.write(columns, accumulate), accumulate)])
+        calls = self._columns(graph, reads, None if in_place else out, columns, accumulate, shape, dtype)
         what = what or f"{key} = {describe(root)}; columns = Σ {key}"
         writes = {"columns": columns} if in_place else {key: out, "columns": columns}
         return _launch(label, what, reads, writes, flops_of(graph, shape) + out.size, calls)
+
+    def _columns(
+        self, graph: Graph, reads: Mapping[str, Array], out: Array | None, columns: Array, accumulate: bool,
+        shape: tuple[int, ...], dtype: np.dtype[Any],
+    ) -> list[Call]:  # fmt: skip
+        """columns (+)= column sums of the graph, which is written to `out`, or stands in the read that is its root."""
+        [(key, root)] = graph.items()
+        wide = Wide()
+        inputs = {k: wide.read(a) for k, a in reads.items()}
+        to = inputs[str(root.value)] if out is None else wide.write(out)
+        calls = [] if out is None else chunked.bind(graph, inputs, {key: to}, shape, dtype, workspace())
+        return wide.around([*calls, *rows.column_sum(to, wide.write(columns, accumulate), accumulate)])
 
     def update(
         self, label: str, graph: Graph, arrays: Mapping[str, Array], table: StepTable, *,
@@ -168,17 +202,22 @@ class NumpyBackend:
         calls: list[Call] = []
         for i, part in enumerate(groups or [slice(None)]):
             reads, outs = ({k: a[part] if a.size > 1 else a for k, a in d.items()} for d in (used, writes))
-            inner, scalars = _scalars(graph, used, table, f" [{i}]" if groups else "", applied=True)
-            calls += _elementwise(inner, reads, outs, outs[next(iter(outs))].shape, dtype, scalars)
+            extent = outs[next(iter(outs))].shape
+            calls += self._map(graph, reads, outs, extent, dtype, table, f" [{i}]" if groups else "", applied=True)
         steps = _numpy(table)
         if advance:
-            calls.append(steps.advance)
+            calls.append(self._advance(steps))
         more = {"counters": steps.counters, "row": steps.row} if advance else {}
         return _launch(label, what, used, {**writes, **more}, flops_of(graph, shape), calls)
 
     def gradient_norm(self, g: Array, table: StepTable, *, clip: float, dynamic: bool) -> Launch:
         """The norm of the gradient and what follows from it; see Backend."""
-        control, work = _numpy(table).control, np.empty((), g.dtype)
+        call = self._gradient_norm(g, steps := _numpy(table), clip, dynamic)
+        what = f"n = ‖g‖; g is scaled by min(1, {clip:g} / n) in the update" if math.isfinite(clip) else "n = ‖g‖"
+        return _launch("gradient norm", what, {"g": g}, {"control": steps.control}, 2 * g.size, [call])
+
+    def _gradient_norm(self, g: Array, steps: NumpyStepTable, clip: float, dynamic: bool) -> Call:
+        control, work = steps.control, np.empty((), g.dtype)
         flat = g.reshape(-1)
 
         def follow() -> None:
@@ -194,8 +233,7 @@ class NumpyBackend:
                 elif control[3] >= GROWTH_STEPS:
                     control[0], control[3] = min(scale * 2, LARGEST_SCALE), 0
 
-        what = f"n = ‖g‖; g is scaled by min(1, {clip:g} / n) in the update" if math.isfinite(clip) else "n = ‖g‖"
-        return _launch("gradient norm", what, {"g": g}, {"control": control}, 2 * g.size, [follow])
+        return follow
 
     # ---- products, copies, reductions
 
@@ -275,7 +313,14 @@ class NumpyBackend:
         """x, y = this step's rows of the data in the given order; see Backend."""
         fits = source_x.shape[1:] == x.shape[1:] and source_y.shape[1:] == y.shape[1:] and source_y.dtype == y.dtype
         expect("feed", fits and len(x) == len(y), f"{source_x.shape}, {source_y.shape} into {x.shape}, {y.shape}")
-        n, steps, factor = len(x), _numpy(table), np.array(scale, arithmetic(x.dtype))
+        call = self._feed(source_x, source_y, order, _numpy(table), x, y, scale)
+        reads = {"rows of x": _like(source_x, x), "rows of y": y}  # bytes are those of the batch, not of all the data
+        return _launch("feed", "the batch's rows of the data", reads, {"x": x, "y": y}, 0, [call])
+
+    def _feed(
+        self, source_x: Array, source_y: Array, order: Array, steps: NumpyStepTable, x: Array, y: Array, scale: float
+    ) -> Call:
+        n, factor = len(x), np.array(scale, arithmetic(x.dtype))
         same = source_x.dtype == x.dtype and scale == 1
 
         def take() -> None:
@@ -287,8 +332,7 @@ class NumpyBackend:
                 np.multiply(source_x[batch], factor, x, casting="unsafe")
             source_y.take(batch, 0, y, "clip")
 
-        reads = {"rows of x": _like(source_x, x), "rows of y": y}  # bytes are those of the batch, not of all the data
-        return _launch("feed", "the batch's rows of the data", reads, {"x": x, "y": y}, 0, [take])
+        return take
 
     def softmax_cross_entropy(
         self, x: Array, target: Array, dx: Array, total: Array, *, table: StepTable | None = None,
@@ -297,6 +341,15 @@ class NumpyBackend:
         """total and dx of the rows; see Backend."""
         fits = target.shape in ((len(x),), x.shape) and dx.shape == x.shape
         expect("softmax_cross_entropy", fits, f"logits {x.shape} with target {target.shape}")
+        calls = self._softmax_cross_entropy(x, target, dx, total, table, tally, count)
+        what = f"total = Σ −t·log softmax(x); dx = {'(softmax(x) − t) / rows' if table else 'softmax(x) − t'}"
+        reads, writes = {"x": x, "target": target}, {"dx": dx, "total": total} | _buffers(tally)
+        return _launch("softmax_cross_entropy", what, reads, writes, 8 * x.size, calls)
+
+    def _softmax_cross_entropy(
+        self, x: Array, target: Array, dx: Array, total: Array, table: StepTable | None, tally: Tally | None,
+        count: bool,
+    ) -> list[Call]:  # fmt: skip
         wide = Wide()
         logits, t, out = wide.read(x), wide.read(target), wide.write(dx)
         calls = rows.softmax_cross_entropy(logits, t, out, total)
@@ -308,9 +361,7 @@ class NumpyBackend:
             calls.append(_tally(tally).adding(total, _numpy(table)))
         if tally is not None and count:
             calls.append(_tally(tally).counting(logits, target))
-        what = f"total = Σ −t·log softmax(x); dx = {'(softmax(x) − t) / rows' if table else 'softmax(x) − t'}"
-        reads, writes = {"x": x, "target": target}, {"dx": dx, "total": total} | _buffers(tally)
-        return _launch("softmax_cross_entropy", what, reads, writes, 8 * x.size, wide.around(calls))
+        return wide.around(calls)
 
     def top1(self, x: Array, labels: Array, tally: Tally) -> Launch:
         """tally += rows whose largest element stands at the label; see Backend."""
@@ -326,10 +377,12 @@ class NumpyBackend:
         """Standardise along the axis, then scale and shift; see Backend."""
         reads = {"x": x, "gain": gain, "bias": bias}
         writes = {"out": out, "mean": mean, "variance": variance, "rstd": rstd}
-        wide = Wide()
-        r, w = [wide.read(a) for a in reads.values()], [wide.write(a) for a in writes.values()]
-        calls = wide.around(rows.normalize(axis, eps, *r, *w))
+        calls = self._normalize(axis, eps, reads.values(), writes.values())
         return _launch("normalize", "out = gain · (x − mean) / √(var + eps) + bias", reads, writes, 8 * x.size, calls)
+
+    def _normalize(self, axis: int, eps: float, reads: Iterable[Array], writes: Iterable[Array]) -> list[Call]:
+        wide = Wide()
+        return wide.around(rows.normalize(axis, eps, *map(wide.read, reads), *map(wide.write, writes)))
 
     def normalize_backward(
         self, dy: Array, x: Array, gain: Array, mean: Array, rstd: Array, axis: int, dx: Array | None,
@@ -337,14 +390,19 @@ class NumpyBackend:
     ) -> Launch:  # fmt: skip
         """All three gradients of `normalize`; see Backend."""
         reads = {"dy": dy, "x": x, "gain": gain, "mean": mean, "rstd": rstd}
-        outs = (("dx", dx), ("dgain", dgain), ("dbias", dbias))
-        wide = Wide()
-        r = [wide.read(a) for a in reads.values()]
-        w = [None if a is None else wide.write(a, adds) for (_, a), adds in zip(outs, accumulate, strict=True)]
-        calls = wide.around(rows.normalize_backward(axis, accumulate, *r, *w))
-        writes = {k: v for k, v in outs if v is not None}
+        outs = {"dx": dx, "dgain": dgain, "dbias": dbias}
+        calls = self._normalize_backward(axis, accumulate, reads.values(), outs.values())
+        writes = {k: v for k, v in outs.items() if v is not None}
         what = "dx = rstd · (d − mean(d) − x̂ · mean(d · x̂)), d = gain · dy; gain and bias gradients"
         return _launch("normalize_backward", what, reads, writes, 12 * dy.size, calls)
+
+    def _normalize_backward(
+        self, axis: int, accumulate: tuple[bool, bool, bool], reads: Iterable[Array], outs: Iterable[Array | None]
+    ) -> list[Call]:
+        wide = Wide()
+        r = map(wide.read, reads)
+        w = (None if a is None else wide.write(a, adds) for a, adds in zip(outs, accumulate, strict=True))
+        return wide.around(rows.normalize_backward(axis, accumulate, *r, *w))
 
     def dropout(
         self,
@@ -358,23 +416,36 @@ class NumpyBackend:
         accumulate: bool = False,
     ) -> Launch:
         """out = x / (1 − rate) where kept, else 0; see Backend."""
+        calls = self._dropout(x, rate, seed, site, step, out, accumulate)
+        what = f"out {'+' * accumulate}= x / {1 - rate:g} where kept, else 0"
+        return _launch("dropout", what, {"x": x}, {"out": out}, x.size, calls)
+
+    def _dropout(
+        self, x: Array, rate: float, seed: int, site: int, step: StepTable | int, out: Array, accumulate: bool
+    ) -> list[Call]:
         number = (lambda: int(step)) if isinstance(step, int | np.integer) else _numpy(step).step
         wide = Wide()
-        calls = rows.dropout(wide.read(x), rate, seed, site, number, wide.write(out, accumulate), accumulate)
-        what = f"out {'+' * accumulate}= x / {1 - rate:g} where kept, else 0"
-        return _launch("dropout", what, {"x": x}, {"out": out}, x.size, wide.around(calls))
+        return wide.around(
+            rows.dropout(wide.read(x), rate, seed, site, number, wide.write(out, accumulate), accumulate)
+        )
 
     def accumulate_loss(self, total: Array, table: StepTable, tally: Tally) -> Launch:
         """tally += total; see Backend."""
         sums = _tally(tally)
-        call = sums.adding(total, _numpy(table))
+        call = self._accumulate_loss(total, _numpy(table), sums)
         return _launch("accumulate_loss", "loss += total", {"total": total}, sums.buffers, 1, [call])
+
+    def _accumulate_loss(self, total: Array, steps: NumpyStepTable, sums: NumpyTally) -> Call:
+        return sums.adding(total, steps)
 
     def advance(self, table: StepTable) -> Launch:
         """Move on to the next row; see Backend."""
         steps = _numpy(table)
         writes = {"counters": steps.counters, "row": steps.row}
-        return _launch("advance", "next row of the step table", {}, writes, 0, [steps.advance])
+        return _launch("advance", "next row of the step table", {}, writes, 0, [self._advance(steps)])
+
+    def _advance(self, steps: NumpyStepTable) -> Call:
+        return steps.advance
 
 
 # ---- checks and shorthands -----------------------------------------------------------------------------------------

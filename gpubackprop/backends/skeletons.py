@@ -14,7 +14,7 @@ from typing import ClassVar
 from gpubackprop import formulas
 from gpubackprop.backends.cpp import ITEMSIZE, Graph, defines, inlined, sources, statements
 
-__all__ = ["Broadcast", "Columns", "Kernel", "Skeleton", "Sum", "unit"]
+__all__ = ["Broadcast", "Columns", "Kernel", "Skeleton", "Sum", "filled", "skeleton", "unit"]
 
 WIDTH = 120  # characters of a line
 GLUE = "\N{NO-BREAK SPACE}"  # where a line must not be broken; becomes a space
@@ -99,7 +99,7 @@ class Skeleton:
             "inner_arguments": _listed(k for _, k in inner),
             "misaligned": " | ".join(self._misaligned()),
         }
-        return _filled(skeleton(self.file)[1], words, {k: list(v) for k, v in self._blocks(dtype).items()})
+        return filled(skeleton(self.file)[1], words, {k: list(v) for k, v in self._blocks(dtype).items()})
 
     # ---- what differs from skeleton to skeleton
 
@@ -360,7 +360,7 @@ def skeleton(file: str) -> tuple[str, str]:
     return "#include" + head.partition("#include")[2].rstrip() + "\n", rest.partition("\n")[2].lstrip("\n")
 
 
-def _filled(text: str, words: Mapping[str, str], blocks: Mapping[str, Sequence[str]]) -> str:
+def filled(text: str, words: Mapping[str, str], blocks: Mapping[str, Sequence[str]]) -> str:
     """The text with words in the place of $words, and lines in the place of lines that are a $word alone."""
     lines: list[str] = []
     for line in text.splitlines():

@@ -1,0 +1,146 @@
+"""Formulas as loops for the CPU: what the package's build compiles into the native library.
+
+Needs the standard library alone, because the build runs it. A loop is found again by its text: the library exports each
+under a name made of the graph, however its arrays were called, so that nothing has to say which rows there are.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from pathlib import Path
+
+from gpubackprop import formulas
+from gpubackprop.backends.codegen import Columns, Kernel, Skeleton, Sum, kernels, names
+from gpubackprop.backends.cpp import sources, statements
+from gpubackprop.backends.skeletons import filled, skeleton
+
+__all__ = ["DTYPES", "INSTRUCTION_SETS", "Loop", "digest", "loop", "loops", "unit"]
+
+DTYPES = ("float32", "float64")
+WRITTEN = ("normalize.cpp", "softmax_cross_entropy.cpp", "step.cpp")  # by hand, of kernels/host
+
+# x86-64: name -> what the compiler is told beside the baseline; the best that the machine has is loaded
+INSTRUCTION_SETS = {
+    "avx2": ["-mavx2"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A graph over arrays and scalars, in the order of its job: outputs y0 …, inputs a0 …, scalars s0 …
+
+    Names in `columnwise` are broadcast over the rows, those in `single` are arrays of one element.
+    """
+
+    skeleton: str  # map, columns or sum
+    graph: tuple[tuple[str, formulas.Expr], ...]
+    columnwise: tuple[str, ...]
+    single: tuple[str, ...]
+    # what the caller calls them
+    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]
+    scalars: tuple[formulas.Expr, ...]
+
+    @property
+    def what(self) -> str:
+        """The equations; for each input how it is broadcast."""
+        kinds = (f"; {k} {kind}" for kind in ("columnwise", "single") for k in getattr(self, kind))
+        return f"{self.skeleton}: " + "; ".join(f"{k} = {formulas.describe(e)}" for k, e in self.graph) + "".join(kinds)
+
+    @cached_property
+    def symbol(self) -> str:
+        """The name it is exported under, but for the type."""
+        return f"{self.skeleton}_{hashlib.sha256(self.what.encode()).hexdigest()[:16]}"
+
+    @property
+    def written(self) -> list[str]:
+        """The outputs that are stored."""
+        unwritten = {"map": (), "sum": ("y0",), "columns": ("y0",) if self.graph[0][1].op == "name" else ()}
+        return [k for k, _ in self.graph if k not in unwritten[self.skeleton]]
+
+    def source(self) -> str:
+        """The skeleton filled in."""
+        inputs = [f"a{i}" for i in range(len(self.inputs))]
+        ones = [*self.single, *(f"s{i}" for i in range(len(self.scalars)))]
+        arrays = [*self.written, *(k for k in inputs if k not in self.single)]
+        places = {k: i for i, k in enumerate((*self.written, *inputs, *ones[len(self.single) :]))}
+
+        def pointers() -> Iterator[str]:
+            for k in arrays:
+                const, start = "const " * (k not in self.written), "column" if k in self.columnwise else "at"
+                yield f"{const}R* const {k}_ = pointer<{const}R>(job[{places[k]}]) + {start};"
+            for k in ones:
+                yield f"const R {k} = *pointer<const R>(job[{places[k]}]);"
+
+        blocks = {
+            "pointers": pointers(),
+            "loads": (f"const R {k} = {k}_[i];" for k in arrays if k not in self.written),
+            "compute": [f"R {', '.join(k for k, _ in self.graph)};", *statements(dict(self.graph))],
+            "stores": (f"{k}_[i] = {k};" for k in self.written),
+        }
+        words = {"name": self.symbol, "arguments": str(len(places)), "what": self.what}
+        return filled(skeleton(f"host/{self.skeleton}.cpp")[1], words, {k: list(v) for k, v in blocks.items()})
+
+
+@lru_cache(maxsize=4096)  # eager code binds the same again and again
+def loop(
+    skeleton: str, graph: tuple[tuple[str, formulas.Expr], ...], arrays: tuple[str, ...],
+    columnwise: tuple[str, ...] = (), single: tuple[str, ...] = (),
+) -> Loop:  # fmt: skip
+    """The loop of a graph whose names in `arrays` are arrays, and whose others are scalars of the step table."""
+    inner, scalars = formulas.hoist(dict(graph), arrays)
+    inputs = tuple(k for k in formulas.free_names(*inner.values()) if k in arrays)
+    new = {k: f"a{i}" for i, k in enumerate(inputs)}
+    values = formulas.renamed(inner, new).values()
+    by_row, ones = (tuple(new[k] for k in inputs if k in kind) for kind in (columnwise, single))
+    outputs = tuple((f"y{i}", e) for i, e in enumerate(values))
+    return Loop(skeleton, outputs, by_row, ones, tuple(inner), inputs, tuple(scalars.values()))
+
+
+# ---- what is compiled ----------------------------------------------------------------------------------------------
+
+
+def loops() -> list[Loop]:
+    """What the operations, losses and optimizers bind, in arrays of one type."""
+    found = [_of(kernel) for row in names() for kernel in kernels(row) if not {*kernel.wide} & {*kernel.graph}]
+    for row in formulas.ACTIVATIONS.values():
+        found.append(loop("map", (("y", row.forward_graph()),), ("x",)))
+    for rule in formulas.RULES.values():
+        for before, scaled in product((False, True), repeat=2):
+            if graph := rule.graph(before=before, scaled=scaled):
+                found.append(loop("map", tuple(graph.items()), ("p", "g", *rule.state, "factor"), (), ("factor",)))
+    return list({made.symbol: made for made in found}.values())
+
+
+def _of(kernel: Skeleton) -> Loop:
+    arrays = (k for k in formulas.free_names(*kernel.graph.values()) if k not in kernel.table)
+    columnwise = kernel.per_column if isinstance(kernel, Kernel) else ()
+    kind = {Columns: "columns", Sum: "sum"}.get(type(kernel), "map")
+    return loop(kind, tuple(kernel.graph.items()), tuple(arrays), columnwise, kernel.single)
+
+
+def unit(dtype: str) -> str:
+    """All kernels in one type, as a source for a compiler that knows the folders of kernels/."""
+    made = loops()
+    heads = dict.fromkeys(skeleton(f"host/{made_.skeleton}.cpp")[0] for made_ in made)
+    defines = "#define FLOAT64\n" if dtype == "float64" else ""
+    includes = "".join(f'#include "{file}"\n' for file in WRITTEN)
+    body = "\n".join(made_.source() for made_ in made)
+    return defines + "".join(heads) + includes + f"\nnamespace gpubackprop {{\n\n{body}\n}}  // namespace gpubackprop\n"
+
+
+def digest() -> str:
+    """What tells this version of formulas and sources from others."""
+    here = Path(__file__).parent
+    files = [Path(formulas.__file__), *(here / f"{name}.py" for name in ("host", "codegen", "skeletons", "cpp"))]
+    files += [sources() / "prelude.cuh", sources() / "control.cuh", *sorted((sources() / "host").iterdir())]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:32]
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(unit(*sys.argv[1:] or ["float32"]), end="")

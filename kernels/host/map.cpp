@@ -1,0 +1,44 @@
+// Each output = its graph, for every element of arrays of one shape (…, rows, columns).
+//
+// job: the outputs; the inputs, of which those broadcast over the rows are (members, columns) or (columns); scalars;
+// elements; columns, or 0 where nothing is broadcast; rows of a member, or 0 if one (columns) serves all.
+#include "host.h"
+
+namespace gpubackprop {
+
+// run(at, column, count) over stretches that together are all the elements: those from `at` on, at which the arrays
+// broadcast over the rows stand at `column`.
+template <typename Run>
+static inline void stretches(const Index* extents, const Run& run) {
+    const Index size = extents[0], columns = extents[1], rows = extents[2];
+    const auto part = [&](Index begin, Index end) {
+        if (columns == 0) return run(begin, Index(0), end - begin);
+        for (Index at = begin; at < end;) {
+            const Index row = at / columns, column = at - row * columns;
+            const Index count = columns - column < end - at ? columns - column : end - at;
+            run(at, column + (rows > 0 ? row / rows * columns : 0), count);
+            at += count;
+        }
+    };
+    if (size < WORTH) return part(0, size);
+    each((size + GRAIN - 1) / GRAIN, true, [&](Index i) {
+        part(i * GRAIN, (i + 1) * GRAIN < size ? (i + 1) * GRAIN : size);
+    });
+}
+
+}  // namespace gpubackprop
+
+// ---- for each kernel ------------------------------------------------------------------------------------------------
+
+// $what
+KERNEL($name) {
+    stretches(job + $arguments, [job](const Index at, const Index column, const Index count) {
+        $pointers
+        LOOP for (Index i = 0; i < count; ++i) {
+            $loads
+            $compute
+            $stores
+        }
+        (void)column;
+    });
+}

@@ -1,0 +1,110 @@
+// What a training step does beside its formulas: the batch, dropout, the norm of the gradient, the next row of the table.
+#include "host.h"
+#include "control.cuh"
+
+namespace gpubackprop {
+namespace {
+
+// x, y = this step's rows of the data in the given order.
+struct Feed {
+    char *x, *y;
+    const char *source_x, *source_y;
+    const Index* order;
+    const Steps* steps;
+    Index rows, bytes_x, bytes_y;  // of a row
+
+    void run() const {
+        const Index* const from = order + steps->offsets[steps->step];
+        constexpr Index HEIGHT = 16;
+        each((rows + HEIGHT - 1) / HEIGHT, rows * bytes_x >= Index(WORTH * sizeof(R)), [&](Index i) {
+            for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {
+                memcpy(x + row * bytes_x, source_x + from[row] * bytes_x, size_t(bytes_x));
+                memcpy(y + row * bytes_y, source_y + from[row] * bytes_y, size_t(bytes_y));
+            }
+        });
+    }
+};
+
+// out (+)= x · scale where Philox keeps the element, else 0; see kernels/dropout.cu.
+struct Dropout {
+    R* out;
+    const R* x;
+    Index size, seed, site;
+    const Steps* steps;  // or nullptr: `step`
+    Index step, threshold, accumulate;
+    const R* scale;
+
+    void run() const {
+        constexpr Index STRETCH = 256;  // blocks of Philox, of four elements each
+        const Word now = steps == nullptr ? Word(step) : Word(steps->first + steps->step);
+        const Index stretches = (size + 4 * STRETCH - 1) / (4 * STRETCH);
+        each(stretches, size >= WORTH / 4, [&](Index i) {
+            Word words[4 * STRETCH];
+            LOOP for (Index b = 0; b < STRETCH; ++b) {
+                const Block block = draw(Long(seed), Word(site), now, Long(i * STRETCH + b));
+                for (int lane = 0; lane < 4; ++lane) words[4 * b + lane] = block.word[lane];
+            }
+            const Index first = 4 * STRETCH * i, count = size - first < 4 * STRETCH ? size - first : 4 * STRETCH;
+            apply(out + first, x + first, words, count);
+        });
+    }
+
+    void apply(R* to, const R* from, const Word* words, Index count) const {
+        const bool all = threshold > 0xffffffff;  // above every word, and no Word itself
+        const Word below = Word(threshold);
+        const R factor = *scale;
+        if (accumulate) {
+            LOOP for (Index e = 0; e < count; ++e) to[e] = to[e] + (all | (words[e] < below) ? from[e] * factor : R(0));
+        } else {
+            LOOP for (Index e = 0; e < count; ++e) to[e] = all | (words[e] < below) ? from[e] * factor : R(0);
+        }
+    }
+};
+
+// From n = ‖g‖₂ / scale into control = (scale, factor, ok, good): see kernels/norm.cu.
+struct Norm {
+    const R* g;
+    R *control, *partials;
+    const R* clip;
+    Index size, dynamic, growth;
+
+    void run() const {
+        const Index pieces = (size + GRAIN - 1) / GRAIN;
+        each(pieces, size >= WORTH, [&](Index i) {
+            const R* const from = g + i * GRAIN;
+            const Index count = (i + 1) * GRAIN < size ? GRAIN : size - i * GRAIN;
+            partials[i] = sum_each(count, [=](Index e) { return from[e] * from[e]; });
+        });
+        follow(control, sqrt(sum_of(partials, pieces)), *clip, dynamic != 0, R(growth));
+    }
+};
+
+// The tally += total.
+struct Loss {
+    const R* total;
+    Tally tally;
+    const Steps* steps;
+};
+
+}  // namespace
+
+KERNEL(feed) { reinterpret_cast<const Feed*>(job)->run(); }
+KERNEL(gradient_norm) { reinterpret_cast<const Norm*>(job)->run(); }
+KERNEL(dropout) { reinterpret_cast<const Dropout*>(job)->run(); }
+
+KERNEL(accumulate_loss) {
+    const Loss& loss = *reinterpret_cast<const Loss*>(job);
+    add_to(loss.tally, *loss.total, *loss.steps);
+}
+
+// On to the next row, as far as the last; the row of the steps applied stands still where one is skipped.
+KERNEL(advance) {
+    Steps& steps = *pointer<Steps>(job[0]);
+    steps.step += steps.step < steps.last;
+    steps.applied += steps.control[2] != 0 && steps.applied < steps.last;
+    const size_t bytes = size_t(steps.width) * sizeof(R);
+    memcpy(steps.row, steps.rows + steps.step * steps.width, bytes);
+    memcpy(steps.applied_row, steps.rows + steps.applied * steps.width, bytes);
+}
+
+}  // namespace gpubackprop
