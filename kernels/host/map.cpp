@@ -13,8 +13,8 @@ static inline void stretches(const Index* extents, const Run& run) {
     const Index size = extents[0], columns = extents[1], rows = extents[2];
     const auto part = [&](Index begin, Index end) {
         if (columns == 0) return run(begin, Index(0), end - begin);
-        for (Index at = begin; at < end;) {
-            const Index row = at / columns, column = at - row * columns;
+        Index row = begin / columns, column = begin - row * columns;
+        for (Index at = begin; at < end; ++row, column = 0) {
             const Index count = columns - column < end - at ? columns - column : end - at;
             run(at, column + (rows > 0 ? row / rows * columns : 0), count);
             at += count;
