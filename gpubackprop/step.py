@@ -43,6 +43,10 @@ class Source:
     def before(self, i: int) -> None:
         """Called before the i-th step of the epoch is given to the device."""
 
+    def close(self) -> None:
+        """Wait until the device has done with the data, wherever the epoch ended."""
+        self.backend.synchronize()
+
 
 class StagedSource(Source):
     """Training data on the host: batches are gathered into pinned memory and copied beside the step before theirs."""
@@ -65,6 +69,11 @@ class StagedSource(Source):
         self.staging.ready(i % 2)
         if i + 1 < len(self.sizes):
             self._put(i + 1)
+
+    def close(self) -> None:
+        """Wait for the batch on its way too."""
+        self.staging.wait()
+        super().close()
 
     def _put(self, i: int) -> None:
         start = self.starts[i]

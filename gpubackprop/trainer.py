@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from numbers import Real
 from typing import Any
 
@@ -179,7 +180,7 @@ class Trainer:
         keeper.keep()
         self._fitting = True
         try:
-            with Interrupts() as interrupts, Bar(progress, epochs, len(x), self.epoch) as bar:
+            with Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar:
                 for _ in range(epochs):
                     self._begin_epoch(source, steps, sums, shuffle)
                     self._run_epoch(source, steps, sums, keeper, interrupts, bar)

@@ -1,6 +1,9 @@
 """Training on an emulated CUDA device: data on its way, arrays at the door, graphs, full memory."""
 
 import copy
+import gc
+import signal
+import threading
 import warnings
 
 import numpy as np
@@ -11,6 +14,7 @@ import gpubackprop as gb
 from gpubackprop import backends
 from gpubackprop.backends.cuda import CudaBackend
 from gpubackprop.backends.driver import CaptureError, DeviceMemoryError
+from gpubackprop.step import StagedSource
 
 x, y = gb.datasets.digits()
 x, y = x[:150], y[:150]
@@ -46,18 +50,79 @@ def test_staged_data_trains_the_same_bits_as_resident_data(cuda, shuffle, monkey
         assert_same_bits(resident, staged)
 
 
-def test_staging_copies_from_pinned_memory_and_never_waits_for_a_step(cuda, monkeypatch):
+@pytest.fixture
+def staged(cuda, monkeypatch):
+    """No data has room on the device; its backend."""
     monkeypatch.setattr(cuda.driver, "memory", lambda: (0, 1 << 30))
+    return cuda
+
+
+def test_a_staged_step_allocates_nothing_and_waits_once_for_an_older_copy(staged, monkeypatch):
+    t, counts, queue, behind = trainer(), staged.driver.counts, staged.driver._queues[0], []
+    t.fit(x, y, epochs=1, batch_size=32)
+    before = StagedSource.before
+
+    def seen(self, i):
+        before(self, i)
+        behind.append((queue.given, queue.done))
+
+    spent = []
+    with monkeypatch.context() as patched:
+        patched.setattr(StagedSource, "before", seen)
+        for rows in (150, 118, 118):  # five steps; four, whose ragged one is recorded; four
+            earlier = counts.copy()
+            t.fit(x[:rows], y[:rows], epochs=1, batch_size=32)
+            spent.append(counts - earlier)
+    five, _, four = spent
+    more = {k: five[k] - four[k] for k in five}
+    copies = {k: more.pop(k) for k in list(more) if "copies" in k}
+    assert copies.pop("copies to the device") == 2 and not any(copies.values())  # x and y, out of pinned memory
+    assert more.pop("synchronisations") == 1
+    assert {k for k, n in more.items() if n} == {"launches", "products"}
+    (given, _), (_, done) = behind[1], behind[3]
+    assert done <= given  # before the fourth step the second and the third may still be under way
+
+
+@pytest.mark.parametrize("fault", ["Ctrl-C", "an error"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_staged_epoch_cut_short_leaves_no_copy_under_way(staged, fault, at, monkeypatch):
+    """Memory that a stream still works on would go back to the pool; the emulated device sees that."""
+    before = StagedSource.before
+
+    def cut(self, i):
+        before(self, i)
+        if i == at:
+            if fault == "an error":
+                raise OSError("the disk was full")
+            signal.raise_signal(signal.SIGINT)
+
     t = trainer()
+    with monkeypatch.context() as patched:
+        patched.setattr(StagedSource, "before", cut)
+        with pytest.raises((KeyboardInterrupt, OSError)):
+            t.fit(x, y, epochs=1, batch_size=32)
+    gc.collect()
+    staged.driver.check()
     t.fit(x, y, epochs=1, batch_size=32)
-    before = cuda.driver.counts.copy()
-    t.fit(x, y, epochs=1, batch_size=32)
-    spent = cuda.driver.counts - before
-    t.fit(x[:118], y[:118], epochs=1, batch_size=32)  # a step less
-    less = cuda.driver.counts - before - spent
-    assert {k: spent[k] - less[k] for k in spent if "allocation" in k or "compil" in k} == {
-        k: 0 for k in spent if "allocation" in k or "compil" in k
-    }
+    assert t.epoch == 1
+
+
+def test_streams_are_lent_and_lent_again(staged):
+    t, streams = trainer(), []
+    for _ in range(4):
+        t.fit(x, y, epochs=1, batch_size=64)
+        streams.append(len(staged.driver._queues))
+    assert streams == [4] * 4  # the null stream, one that copies and two marks
+
+
+def test_a_threads_stream_serves_the_next_thread(cuda):
+    for _ in range(3):
+        t = trainer(cuda_graph=True)
+        thread = threading.Thread(target=t.fit, args=(x, y), kwargs={"epochs": 1, "batch_size": 50})
+        thread.start()
+        thread.join()
+        assert t.epoch == 1 and len(cuda.driver._queues) == 2
+        del t  # whose graphs keep the stream
 
 
 # ---- arrays at the door --------------------------------------------------------------------------------------------

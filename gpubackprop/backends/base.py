@@ -90,10 +90,16 @@ class Staging(Protocol):
     rows: int
 
     def put(self, slot: int, index: npt.NDArray[np.intp]) -> None:
-        """Gather these rows of the data and send them to the place, once what was given so far has read it."""
+        """Gather these rows of the data and send them to the place, once what was given so far has read it.
+
+        The host waits for the copy that was sent there before: with the places taken in turn, that of two batches ago.
+        """
 
     def ready(self, slot: int) -> None:
         """Have what is given from here on wait until the place is filled."""
+
+    def wait(self) -> None:
+        """Wait until nothing is on its way."""
 
 
 _Value = TypeVar("_Value")

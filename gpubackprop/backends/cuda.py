@@ -26,7 +26,7 @@ from gpubackprop.backends.base import (
     tf32,
     workspace,
 )  # fmt: skip
-from gpubackprop.backends.cuda_state import CudaStaging, CudaStepTable, CudaTally
+from gpubackprop.backends.cuda_state import CudaStaging, CudaStepTable, CudaTally, Lent, Streams
 from gpubackprop.backends.driver import Call, Driver, Gemm, Stream
 from gpubackprop.backends.geometry import (
     Geometry,
@@ -54,6 +54,7 @@ class CudaBackend:
         self.device = driver.device
         self.xp = driver.xp
         self._launcher = Launcher(driver)
+        self.streams = Streams(driver)
         self._own = threading.local()  # the stream that a thread's graphs are captured and replayed on
 
     # ---- buffers
@@ -127,10 +128,11 @@ class CudaBackend:
     def capture(self, launches: Sequence[Launch]) -> Callable[[], object]:
         """One call that runs the launches as one graph, between what the current stream has and will be given."""
         driver, body = self.driver, self.sequence(launches)
+        if not hasattr(self._own, "lent"):
+            self._own.lent = self.streams.lend()
+        lent: Lent = self._own.lent
+        own = lent.stream
         with driver.scope():
-            if not hasattr(self._own, "stream"):
-                self._own.stream = driver.stream()
-            own: Stream = self._own.stream
             graph = driver.capture(own, lambda: body.on(own))
 
         def replay() -> None:
@@ -140,7 +142,7 @@ class CudaBackend:
                 graph(own)
                 driver.order(own, current)
 
-        replay.kept = body  # type: ignore[attr-defined]
+        replay.kept = body, lent  # type: ignore[attr-defined]
         return replay
 
     # ---- elementwise

@@ -1,18 +1,21 @@
 """What a training step reads from the device and leaves there: the step table and the tally."""
 
 import math
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Buffer, arithmetic
+from gpubackprop.backends.driver import Driver, Stream
 
 if TYPE_CHECKING:
     from gpubackprop.backends.cuda import CudaBackend
 
-__all__ = ["CudaStaging", "CudaStepTable", "CudaTally"]
+__all__ = ["CudaStaging", "CudaStepTable", "CudaTally", "Lent", "Streams"]
 
 
 class CudaStepTable:
@@ -96,7 +99,8 @@ def _added(parts: npt.NDArray[Any]) -> float:
 class CudaStaging:
     """Batches on their way from the host: pinned memory and device memory for two, and a stream that copies.
 
-    A slot's mark is a stream that waits for the slot's last copy and does nothing else.
+    A slot's mark is a stream that waits for the slot's last copy and does nothing else. No memory may go while a batch
+    is on its way: whoever lets go of a staging waits first.
     """
 
     def __init__(self, backend: "CudaBackend", x: npt.NDArray[Any], y: npt.NDArray[Any], rows: int) -> None:
@@ -106,7 +110,8 @@ class CudaStaging:
         self.x, self.y = (backend.empty(s, a.dtype) for s, a in zip(shapes, self.sources, strict=True))
         with driver.scope():
             self._pinned = [driver.empty(s, a.dtype, pinned=True) for s, a in zip(shapes, self.sources, strict=True)]
-            self._copying, *self._marks = (driver.stream() for _ in range(3))
+        self._lent = [backend.streams.lend() for _ in range(3)]
+        self._copying, *self._marks = (lent.stream for lent in self._lent)
 
     def put(self, slot: int, index: npt.NDArray[np.intp]) -> None:
         """Gather these rows and send them to the slot; see Staging."""
@@ -124,3 +129,34 @@ class CudaStaging:
         """Have the current stream wait for the slot's batch."""
         with self.driver.scope():
             self.driver.order(self._marks[slot], self.driver.current())
+
+    def wait(self) -> None:
+        """Wait until nothing is on its way; see Staging."""
+        with self.driver.scope():
+            self.driver.synchronize(self._copying)  # itself, not the marks: a put may have been cut short
+
+
+class Streams:
+    """A driver's streams, lent: it makes them for good, so one whose borrower is gone is lent again."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._idle: list[Stream] = []
+
+    def lend(self) -> "Lent":
+        """A stream that nobody else has, as long as the object lives; work of one before may still be under way."""
+        try:
+            stream = self._idle.pop()
+        except IndexError:
+            with self._driver.scope():
+                stream = self._driver.stream()
+        lent = Lent(stream)
+        weakref.finalize(lent, self._idle.append, stream).atexit = False
+        return lent
+
+
+@dataclass(frozen=True, eq=False)
+class Lent:
+    """A stream while it is lent."""
+
+    stream: Stream
