@@ -140,6 +140,11 @@ class Arena:
                 p.grad_buffer = self.slice(self._gradients, key)
         return self._gradients
 
+    def nbytes(self, dtype: npt.DTypeLike) -> int:
+        """Bytes of weights, gradients and the copy in this type, as far as they are made."""
+        buffers = (self.weights, self._gradients, self._copies.get(np.dtype(dtype)))
+        return sum(int(b.nbytes) for b in buffers if b is not None)
+
     def copy_in(self, dtype: npt.DTypeLike) -> Buffer:
         """The copy of the weights in this type, for a step that computes in it; made when first asked for."""
         if np.dtype(dtype) not in self._copies:

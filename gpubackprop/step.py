@@ -230,6 +230,7 @@ class Keeper:
         back = model.arena.backend
         live = [b for b in (model.arena.weights, model.statistics.weights, *state.moments.values()) if b.size]
         copies = [back.empty(b.shape, b.dtype) for b in live]
+        self.nbytes = sum(int(b.nbytes) for b in copies)
         extremes = [back.empty((), model.dtype) for _ in range(2)]
         self._extremes = extremes
         self.plan = Plan(back, "keeping the last good epoch", dry=True)

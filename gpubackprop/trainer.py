@@ -157,9 +157,10 @@ class Trainer:
         batch_size = min(int(batch_size), len(x))
         try:
             return self._fit(x, y, int(epochs), batch_size, held_out, shuffle, list(callbacks), progress, stop_below)
-        except DeviceMemoryError as error:
-            self._steps.clear()  # and with them what the step that does not fit took already
-            raise explained(error, self, batch_size, len(x) % batch_size > 0) from None
+        except DeviceMemoryError as error:  # whose traceback, and that of its cause, hold what the failed step took
+            failed = DeviceMemoryError(error.nbytes, error.free, error.total)
+        self._steps.clear()
+        raise explained(failed, self, x, y, batch_size) from None
 
     def _fit(
         self, x: Buffer, y: Array, epochs: int, batch_size: int, held_out: tuple[Buffer, Array] | None, shuffle: bool,
@@ -317,6 +318,11 @@ class Trainer:
         outputs = self._outputs(columns, batch_size, training=True)
         classes = self.objective.classes
         y = np.zeros((batch_size,) if classes else (batch_size, outputs), np.int64 if classes else self.model.dtype)
+        return self._plan(columns, y)
+
+    def _plan(self, columns: int, y: Array) -> Plan:
+        """The step for rows of so many columns with targets like y."""
+        batch_size, outputs = len(y), self._outputs(columns, len(y), training=True)
         table = self._new_table(1)
         self._load(table, 1, np.array([batch_size]), np.zeros(1, np.int64))
         with Plan(self.backend, dry=True, space=self._space).record("copies"):

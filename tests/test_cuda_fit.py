@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import signal
 import threading
 import warnings
@@ -235,26 +236,63 @@ def test_a_capture_that_fails_is_one_warning_and_eager_for_good(cuda, monkeypatc
 # ---- full memory ---------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_does_not_fit_says_what_would(cuda, monkeypatch):
-    model = gb.mlp([64, 512, 512, 10]).initialize(0)
-    backend = CudaBackend(EmulatedDriver(0, memory=14_000_000))
+def small(monkeypatch, memory):
+    """A device of so many bytes, with 1,500 rows for it to train on."""
+    backend = CudaBackend(EmulatedDriver(0, memory=memory))
     monkeypatch.setitem(backends._backends, "cuda:0", backend)
+    return backend, np.tile(x, (10, 1)), np.tile(y, 10)
+
+
+def advised(t, *data, batch_size):
+    with pytest.raises(
+        DeviceMemoryError, match=r"^fit: steps of [\d,]+ rows need [\d,]+ bytes beside the weights"
+    ) as told:
+        t.fit(*data, epochs=1, batch_size=batch_size)
+    found = re.search(r"free on cuda:0; batch_size=(\d+) would fit; the model is as after epoch \d$", str(told.value))
+    return int(found[1])
+
+
+@pytest.mark.parametrize("asked", [1500, 1499, 1100])
+@pytest.mark.parametrize("memory, options", [
+    (4_200_000, {}),
+    (2_400_000, {"precision": "float16"}),
+    (3_400_000, {"optimizer": gb.SGD(0.1)}),
+    (4_200_000, {"on device": True}),
+    (9_000_000, {"columns": 1024}),
+])  # fmt: skip
+def test_the_batch_size_advised_fits_and_a_larger_one_does_not(cuda, monkeypatch, memory, asked, options):
+    """On data that stays on the device, or (1,024 columns) that does not; the last batch has a step of its own."""
+    backend, rows, labels = small(monkeypatch, memory)
+    options = {**options}
+    rows = np.tile(rows, options.pop("columns", 64) // 64)
+    if options.pop("on device", False):
+        rows, labels = on(backend, rows), on(backend, labels)
+
+    def make():
+        return gb.Trainer(gb.mlp([rows.shape[1], 128, 128, 10]).initialize(0), seed=0, device="cuda", **options)
+
+    t, free = make(), backend.memory()
+    fits = advised(t, rows, labels, batch_size=asked)
+    t.fit(rows, labels, epochs=1, batch_size=fits)
+    assert t.epoch == 1
+    del t
+    gc.collect()  # of the caught error, which holds frames
+    t = make()
+    assert backend.memory()[0] > 0.99 * free[0]  # but for scratch
+    with pytest.raises(DeviceMemoryError):
+        t.fit(rows, labels, epochs=1, batch_size=int(1.3 * fits))
+
+
+def test_full_memory_changes_neither_model_nor_history(cuda, monkeypatch):
+    _, rows, labels = small(monkeypatch, 14_000_000)
+    model = gb.mlp([64, 512, 512, 10]).initialize(0)
     t = gb.Trainer(model, seed=0, device="cuda")
-    rows = np.tile(x, (20, 1))
-    labels = np.tile(y, 20)
     t.fit(rows, labels, epochs=1, batch_size=64)
     before, history = copy.deepcopy(model.state_dict()), copy.deepcopy(t.history)
-    with pytest.raises(
-        DeviceMemoryError, match=r"^fit: steps of 2,048 rows need [\d,]+ bytes beside the weights"
-    ) as told:
-        t.fit(rows, labels, epochs=1, batch_size=2048)
-    text = str(told.value)
-    assert "free on cuda:0; batch_size=" in text and text.endswith("the model is as after epoch 1")
-    fits = int(text.partition("batch_size=")[2].partition(" ")[0])
+    fits = advised(t, rows, labels, batch_size=1500)
     for key, value in model.state_dict().items():
         np.testing.assert_array_equal(value, before[key])
     assert t.history == history
-    assert 64 < fits < 2048
     t.fit(rows, labels, epochs=1, batch_size=fits)
     assert len(t.history["loss"]) == 2
 

@@ -18,7 +18,7 @@ from gpubackprop.formulas import Expr, walk
 __all__ = [
     "CONTROL", "GROWTH_STEPS", "LARGEST_SCALE", "Backend", "Buffer", "CaptureError", "Graph", "Launch", "Staging",
     "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "flops_of", "is_on_device",
-    "setting", "tf32", "use_tf32", "use_workspace", "workspace",
+    "setting", "tf32", "too_large", "use_tf32", "use_workspace", "workspace",
 ]  # fmt: skip
 
 Buffer = Any  # a NumPy or CuPy array: C-contiguous unless a primitive says otherwise
@@ -152,6 +152,11 @@ def is_on_device(a: Any) -> bool:
     if hasattr(a, "__cuda_array_interface__"):
         return True
     return hasattr(a, "__dlpack_device__") and int(a.__dlpack_device__()[0]) == KDL_CUDA
+
+
+def too_large(nbytes: int, free: int) -> bool:
+    """Whether training data of that size stays on the host, by the free memory of the device."""
+    return nbytes > free // 2
 
 
 _tf32: ContextVar[bool] = ContextVar("tf32", default=False)

@@ -24,6 +24,7 @@ from gpubackprop.backends.base import (
     flops_of,
     is_on_device,
     tf32,
+    too_large,
     workspace,
 )  # fmt: skip
 from gpubackprop.backends.cuda_state import CudaStaging, CudaStepTable, CudaTally, Lent, Streams
@@ -117,7 +118,7 @@ class CudaBackend:
     def staging(self, x: npt.NDArray[Any], y: npt.NDArray[Any], rows: int) -> CudaStaging | None:
         """Places for batches of data that would take more than half of the free memory; see Backend."""
         free, _ = self.memory()
-        return CudaStaging(self, x, y, rows) if x.nbytes + y.nbytes > free // 2 else None
+        return CudaStaging(self, x, y, rows) if too_large(x.nbytes + y.nbytes, free) else None
 
     # ---- sequences and graphs
 

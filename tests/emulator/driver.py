@@ -117,7 +117,10 @@ class EmulatedDriver:
             return self._empty_pinned(nbytes).view(dtype).reshape(shape)
         self._expect_scope("allocation")
         if self._used + nbytes > self._total:
-            raise DeviceMemoryError(nbytes, *self.memory())
+            try:
+                raise MemoryError("the pool is exhausted")
+            except MemoryError as cause:  # with a traceback that holds all callers' frames, as CuPy's has
+                raise DeviceMemoryError(nbytes, *self.memory()) from cause
         block, owner = Block(nbytes, self._queues[self.current()]), Owner()
         weakref.finalize(owner, self._free, block).atexit = False
         with self._lock:
