@@ -93,7 +93,7 @@ class Trainer:
         model.initialize(self.seed, missing=True)
         model.output_kind = model.output_kind or self.objective.head  # what it was trained as before stays until fit
 
-    def _prepare(self, device: str, moments: HostMoments | None = None) -> None:
+    def _prepare(self, device: str, moments: HostMoments | None = None, control: Sequence[float] = ()) -> None:
         """Everything that lives on the device."""
         self.backend = get_backend(device)
         if self.model.arena.backend is not self.backend:
@@ -105,19 +105,24 @@ class Trainer:
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
         self._graphs = Graphs() if self.cuda_graph else None
-        self._table = self._new_table(FEWEST_ROWS)
+        self._table = self._new_table(FEWEST_ROWS, control)
         self._keeper: Keeper | None = None
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:
         device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting", "_terms", "_graphs"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
-        return kept | {"device": self.backend.device, "moments": self.state.host()}
+        return kept | {"device": self.backend.device, "moments": self.state.host(), "control": self._control()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        device, moments = kept.pop("device"), kept.pop("moments")
+        device, moments, control = (kept.pop(key) for key in ("device", "moments", "control"))
         vars(self).update(kept)
-        self._prepare(device, moments)
+        self._prepare(device, moments, control)
+
+    def _control(self) -> list[float]:
+        """The scale of the loss and what goes with it; see StepTable."""
+        control: list[float] = self.backend.to_numpy(self._table.control).tolist()
+        return control
 
     @property
     def optimizer(self) -> Optimizer:
@@ -151,7 +156,7 @@ class Trainer:
                 f"{self.precision.name}; make a new Trainer"
             )
         if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
-            self._prepare(self.model.backend.device, self.state.host())
+            self._prepare(self.model.backend.device, self.state.host(), self._control())
         x, y = self._data(x, y, "fit")
         held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
         batch_size = min(int(batch_size), len(x))
@@ -172,9 +177,7 @@ class Trainer:
         source = self._source(x, y, batch_size)
         sums = self._sums_of(y, outputs)
         if (count := -(-len(x) // batch_size)) > self._table.capacity:
-            control = self.backend.to_numpy(self._table.control)
-            self._table = self._new_table(2 * count)
-            self.backend.write(self._table.control, control)
+            self._table = self._new_table(2 * count, self._control())
             self._steps.clear()  # they read the old one
         steps = self._steps_for(source, sums, len(x), batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
@@ -283,9 +286,10 @@ class Trainer:
 
     # ---- the step table
 
-    def _new_table(self, steps: int) -> StepTable:
+    def _new_table(self, steps: int, control: Sequence[float] = ()) -> StepTable:
+        """A table for so many steps that goes on from there, or begins."""
         table = self.backend.step_table([*self.state.scalars, "1 / rows"], self.model.dtype, steps)
-        self.backend.write(table.control, (self.precision.scale, 1 / self.precision.scale, 1, 0))
+        self.backend.write(table.control, control or (self.precision.scale, 1 / self.precision.scale, 1, 0))
         return table
 
     def _load(self, table: StepTable, first: int, sizes: Array, offsets: Array) -> None:

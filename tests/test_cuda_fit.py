@@ -312,6 +312,14 @@ def test_models_move_between_devices_with_their_values(cuda):
     assert twin.backend.device == "cuda:0"
 
 
+def test_a_moved_model_keeps_the_scale_of_the_loss(cuda):
+    t = trainer(precision="float16")
+    t.backend.write(t._table.control, (2.0**9, 2.0**-9, 1, 7))
+    t.model.to("cuda:1")
+    t.fit(x, y, epochs=1, batch_size=50)
+    assert t.backend.to_numpy(t._table.control).tolist() == [2.0**9, 2.0**-9, 1, 10]
+
+
 def test_the_users_stream_is_the_one_that_works(cuda):
     """On it alone, and on no other: the emulator would miss an order between them."""
     with cuda.driver.on(cuda.driver.stream()):
