@@ -1,6 +1,7 @@
 """The trainer: a recorded step per batch size, and the loop that replays it."""
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -33,21 +34,32 @@ History = dict[str, list[float]]
 Callback = Callable[["Trainer"], object]
 KEPT_STEPS = 8
 FEWEST_ROWS = 1024  # of the step table
+TO_WIDER = ", or use precision bfloat16 or float32"
 
 
 class TrainingDiverged(FloatingPointError):
-    """Loss or weights became NaN or infinite; the model stands as after the last good epoch."""
+    """Loss or weights became NaN or infinite; the model stands as after the last good epoch.
 
-    def __init__(self, epoch: int, step: int | None) -> None:
-        super().__init__(epoch, step)
-        self.epoch, self.step = epoch, step
+    Or no gradient of a whole epoch had a finite norm, so that no step was applied: in float16, at the least scale of
+    the loss too. `unapplied` is then the precision.
+    """
+
+    def __init__(self, epoch: int, step: int | None, unapplied: str = "") -> None:
+        super().__init__(epoch, step, unapplied)
+        self.epoch, self.step, self.unapplied = epoch, step, unapplied
 
     def __str__(self) -> str:
-        what = f"the loss is NaN or infinite in epoch {self.epoch}, step {self.step}" if self.step else (
-            f"a weight is NaN or infinite after epoch {self.epoch}")  # fmt: skip
-        return (
-            f"fit: {what}; the model is as after epoch {self.epoch - 1}; try a smaller learning rate or scaled inputs"
-        )
+        remedy = "try a smaller learning rate or scaled inputs"
+        if self.unapplied:
+            what = (
+                f"no gradient of epoch {self.epoch} has a finite norm in {self.unapplied}, so that no step was applied"
+            )
+            remedy = f"scale the targets or inputs{TO_WIDER * (self.unapplied == 'float16')}"
+        elif self.step:
+            what = f"the loss is NaN or infinite in epoch {self.epoch}, step {self.step}"
+        else:
+            what = f"a weight is NaN or infinite after epoch {self.epoch}"
+        return f"fit: {what}; the model is as after epoch {self.epoch - 1}; {remedy}"
 
 
 class Trainer:
@@ -146,6 +158,9 @@ class Trainer:
         callback is called with the trainer, and one that returns True stops; `stop_below` stops at the first epoch
         whose loss (validation loss, if there is validation data) is below it. `progress` shows a bar (None: on a
         terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
+
+        TrainingDiverged if loss or weights are not finite, or no gradient of an epoch is in float16 at any scale of the
+        loss; a RuntimeWarning if no step of all epochs was applied while that scale comes down.
         """
         _check_fit(epochs, batch_size, shuffle, callbacks, stop_below)
         if self._fitting:
@@ -182,12 +197,12 @@ class Trainer:
         steps = self._steps_for(source, sums, len(x), batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
-        self._fitting = True
+        self._fitting, applied = True, False
         try:
             with Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar:
                 for _ in range(epochs):
                     self._begin_epoch(source, steps, sums, shuffle)
-                    self._run_epoch(source, steps, sums, keeper, interrupts, bar)
+                    applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar)
                     figures = sums.figures(len(x), y)
                     if held_out is not None:
                         figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
@@ -203,13 +218,24 @@ class Trainer:
             self._fitting = False
             for step in set(steps):
                 step.detach()
+        if not applied:
+            warnings.warn(
+                f"fit: no step was applied, because every gradient overflows {self.precision.name} while the scale of "
+                f"the loss comes down, which is {self._control()[0]:g} now; train on, scale the targets or inputs"
+                + TO_WIDER,
+                RuntimeWarning,
+                stacklevel=3,
+            )
         return self.history
 
     def _run_epoch(
         self, source: Source, steps: Sequence[Step], sums: Sums, keeper: Keeper, interrupts: Interrupts, bar: Bar
-    ) -> None:
-        """Run every step; where one is cut short, or a value is not finite, go back to the last good epoch."""
-        begun = self.step
+    ) -> bool:
+        """Run every step; where one is cut short, or a value is not finite, go back to the last good epoch.
+
+        Whether any step was applied: in float16 it may be none while the scale of the loss comes down.
+        """
+        begun = self.step, self._control()
         for i, step in enumerate(steps):
             try:
                 source.before(i)
@@ -228,13 +254,19 @@ class Trainer:
         bad = sums.bad_step
         if bad or not keeper.finite():
             self._go_back(keeper, begun)
-            raise TrainingDiverged(self.epoch + 1, bad - begun if bad else None)
+            raise TrainingDiverged(self.epoch + 1, bad - self.step if bad else None)
+        scale, *_ = begun[1]
+        if not (applied := self._table.applied()) and scale <= 2 ** (len(steps) - 1):  # 1 for the last step: no hope
+            self._go_back(keeper, begun)
+            raise TrainingDiverged(self.epoch + 1, None, self.precision.name)
         keeper.keep()
         self.epoch += 1
+        return applied
 
-    def _go_back(self, keeper: Keeper, begun: int) -> None:
+    def _go_back(self, keeper: Keeper, begun: tuple[int, Sequence[float]]) -> None:
         keeper.restore()
-        self.step = begun
+        self.step, control = begun
+        self.backend.write(self._table.control, control)
 
     def _source(self, x: Buffer, y: Array, batch_size: int) -> Source:
         """The data where the steps take it from: on the device, or staged from the host where it would not fit."""

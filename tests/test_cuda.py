@@ -308,7 +308,7 @@ def test_a_replayed_step_only_launches(how, cuda):
                 seen.append(driver.counts - before)
 
             step.run = run if trainer.epoch else step.run
-        run_epoch(source, steps, *rest)
+        return run_epoch(source, steps, *rest)
 
     trainer._run_epoch = watched
     trainer.fit(X, Y, epochs=2, batch_size=100)

@@ -1,7 +1,9 @@
 """Precision: what a step stores and multiplies in, the scale of the loss, skipped steps, clipping."""
 
 import builtins
+import pickle
 import warnings
+from contextlib import nullcontext
 
 import ml_dtypes
 import numpy as np
@@ -179,6 +181,64 @@ def test_the_scale_doubles_after_2000_good_steps():
     g[3] = np.inf
     launch.run()
     assert table.control.tolist() == [8, 0, 0, 0]
+
+
+@pytest.mark.parametrize("rows, epochs", [(32, 3), (1, 24)])
+def test_gradients_that_no_scale_makes_finite_are_divergence(rows, epochs):
+    """Of errors beyond float16's largest number, in epochs of many steps and of one."""
+    t = np.full((rows, 1), 1e8, np.float32)
+    trainer = gb.Trainer(gb.mlp([64, 8, 1]).initialize(0), "mse", seed=0, precision="float16")
+    before = trainer.model.state_dict()
+    told = "^fit: no gradient of epoch .* finite norm in float16.*; scale the .*, or use precision bfloat16 or float32$"
+    with pytest.raises(gb.TrainingDiverged, match=told) as caught:
+        trainer.fit(x[:rows], t, epochs=epochs, batch_size=1)
+    assert caught.value.epoch == trainer.epoch + 1 == (1 if rows == 32 else 17)  # after 16 halvings the scale is 1
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    for key, value in trainer.model.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_fit_without_a_step_applied_is_a_warning(device, cuda):
+    """While the scale of the loss comes down; where it has, training goes on without."""
+    t = np.full((64, 3), 1000, np.float32)
+    trainer = gb.Trainer(
+        gb.mlp([64, 8, 3]).initialize(0), "sse", gb.SGD(1e-6), seed=0, device=device, precision="float16"
+    )
+    told = "^fit: no step was applied, .* float16 while .* comes down, which is 16384 now; train on, scale the targets"
+    with pytest.warns(RuntimeWarning, match=told) as seen:
+        trainer.fit(x[:64], t, epochs=1, batch_size=32)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    history = trainer.fit(x[:64], t, epochs=16, batch_size=32)
+    assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_clipping_by_a_norm_that_overflows_all_epoch_is_divergence(clip):
+    trainer = gb.Trainer(gb.mlp([64, 8, 3]).initialize(0), "mse", gb.SGD(1e-30), [], seed=0, clip_norm=clip)
+    data = x[:8] * 10, np.full((8, 3), 5e18, np.float32)
+    told = r"in float32, so that no step was applied; .* scale the targets or inputs$"
+    with nullcontext() if clip is None else pytest.raises(gb.TrainingDiverged, match=told):
+        trainer.fit(*data, epochs=1, batch_size=4)
+    assert trainer.epoch == (clip is None)
+
+
+def test_divergence_restores_the_scale_of_the_loss():
+    """And with it whether the last step was applied: a look-ahead is undone after one that was."""
+    t = np.full((64, 3), 2, np.float32)
+    bad = np.where(np.arange(64)[:, None] == 63, np.float32(1e30), t)
+    trainers = [
+        gb.Trainer(gb.mlp([64, 8, 3]).initialize(0), "mse", gb.SGD(1e-3, momentum=0.9, nesterov="lookahead"), seed=0,
+                   precision="float16") for _ in range(2)
+    ]  # fmt: skip
+    for trainer in trainers:
+        trainer.fit(x[:64], t, epochs=1, batch_size=16)
+    with pytest.raises(gb.TrainingDiverged):
+        trainers[0].fit(x[:64], bad, epochs=1, batch_size=16, shuffle=False)
+    for trainer in trainers:
+        trainer.fit(x[:64], t, epochs=2, batch_size=16)
+    assert trainers[0].history == trainers[1].history
+    np.testing.assert_array_equal(*(trainer._table.control for trainer in trainers))
 
 
 # ---- clipping ------------------------------------------------------------------------------------------------------

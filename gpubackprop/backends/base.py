@@ -68,6 +68,9 @@ class StepTable(Protocol):
         """Take new rows (steps, columns), rounded once to the table's type, the row offset of each step's batch,
         and the number of the first step, counted over the whole training from 1."""
 
+    def applied(self) -> bool:
+        """Whether any step since the rows were loaded was applied: had a finite gradient. Waits for the device."""
+
 
 class Tally(Protocol):
     """What the steps of an epoch add up on the device."""

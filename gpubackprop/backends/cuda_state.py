@@ -54,6 +54,11 @@ class CudaStepTable:
         write(self.offsets[: len(rows)], offsets)
         write(self.state, np.array([0, 0, first, len(rows) - 1]))
 
+    def applied(self) -> bool:
+        """Whether any step was applied; see StepTable."""
+        read = self.backend.to_numpy
+        return bool(read(self.control)[2] or read(self.state)[1])
+
 
 class CudaTally:
     """What an epoch adds up in device memory: `loss`, a high and a low part, `events`: (first bad step, rows right)."""

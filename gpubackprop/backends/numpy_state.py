@@ -34,6 +34,10 @@ class NumpyStepTable:
         self.counters[:] = 0
         self._read()
 
+    def applied(self) -> bool:
+        """Whether any step was applied; see StepTable."""
+        return bool(self.control[2] or self.counters[1])
+
     def advance(self) -> None:
         """Move on to the next row, as far as the last."""
         last = len(self.rows) - 1
