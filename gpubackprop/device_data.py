@@ -8,7 +8,7 @@ import numpy.typing as npt
 from gpubackprop.backends.base import Backend, Buffer, is_on_device
 from gpubackprop.data import as_features
 
-__all__ = ["check_one_place", "on_device"]
+__all__ = ["check_one_place", "on_device", "taken"]
 
 
 def check_one_place(x: Any, y: Any, where: str) -> None:
@@ -24,10 +24,7 @@ def on_device(x: Any, backend: Backend, dtype: npt.DTypeLike, columns: int | Non
     if backend.device == "cpu":
         remedy = f"pass {name}.get(), or make the Trainer with device='cuda'"
         raise TypeError(f"{where}: {name} lies on a CUDA device but the model on the CPU; {remedy}")
-    try:
-        a = backend.asarray(x)
-    except ValueError as error:
-        raise ValueError(f"{where}: {name} {error}") from None
+    a = taken(x, backend, where, name)
     if a.dtype not in (np.float32, np.float64) or a.ndim != 2 or not a.flags.c_contiguous:
         host = as_features(backend.to_numpy(a), dtype, columns, where, name)  # what is rare goes by way of the host
         return backend.asarray(host)
@@ -42,6 +39,14 @@ def on_device(x: Any, backend: Backend, dtype: npt.DTypeLike, columns: int | Non
     if not _finite(a, backend):
         as_features(backend.to_numpy(a), dtype, columns, where, name)  # names the row
     return a
+
+
+def taken(a: Any, backend: Backend, where: str, name: str) -> Buffer:
+    """The device array as a buffer, without a copy; ValueError if it lies on another device."""
+    try:
+        return backend.asarray(a)
+    except ValueError as error:
+        raise ValueError(f"{where}: {name}: {error}") from None
 
 
 def _finite(a: Buffer, backend: Backend) -> bool:

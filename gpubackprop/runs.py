@@ -57,8 +57,8 @@ class Recipe:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"train: {name} must be at least 1, got {value}")
         if self.dtype == "float64" and self.weights != "float64":
-            raise ValueError(f"train: precision {self.precision} keeps weights in {self.weights}, not in the dtype "
-                             "float64; leave one out")  # fmt: skip
+            raise ValueError(f"precision: {self.precision} keeps weights in {self.weights}, not in the dtype float64; "
+                             "leave one out")  # fmt: skip
 
     @property
     def weights(self) -> str:

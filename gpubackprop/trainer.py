@@ -15,7 +15,7 @@ from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.data import as_features, check_same_length
-from gpubackprop.device_data import check_one_place, on_device
+from gpubackprop.device_data import check_one_place, on_device, taken
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
 from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
@@ -69,6 +69,10 @@ class Trainer:
     the batch; `optimizer` an instance or a name; `metrics` names (None: accuracy or r2, by the loss). `seed` keys the
     weights (unless model.initialize ran before), the order of the rows and dropout; None draws a fresh one, kept in
     `.seed`. A trainer belongs to one thread.
+
+    `precision` is one of float32, float64, tf32, float16, bfloat16 (None: the model's). `clip_norm` scales a longer
+    gradient down to that norm, which is taken in the type of the weights: a float32 gradient with elements beyond about
+    1e19 counts as not finite. `cuda_graph` replays each step as one CUDA graph.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class Trainer:
         self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
         self.seed = seed_or_fresh(seed, "Trainer")
         self.precision = precision_named(precision or np.dtype(model.dtype).name)
-        self.clip_norm = _clip_norm(clip_norm)
+        self.clip_norm = _clip_norm(clip_norm, np.dtype(self.precision.master))
         if not isinstance(cuda_graph, bool):
             raise TypeError(
                 f"Trainer: cuda_graph must be True or False, got {type(cuda_graph).__name__} {cuda_graph!r}"
@@ -377,7 +381,7 @@ class Trainer:
         check_one_place(x, y, where)
         if is_on_device(x):
             rows = on_device(x, self.backend, self.model.dtype, self.model.inputs, where, "x")
-            y = self.backend.to_numpy(self.backend.asarray(y))
+            y = self.backend.to_numpy(taken(y, self.backend, where, "y"))
         else:
             rows = as_features(x, self.model.dtype, self.model.inputs, where)
             if where == "fit" and self.precision.compute == "float16":
@@ -424,13 +428,16 @@ class Trainer:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _clip_norm(given: Any) -> float:
+def _clip_norm(given: Any, dtype: np.dtype[Any]) -> float:
     if given is None:
         return math.inf
     if isinstance(given, bool) or not isinstance(given, Real):
         raise TypeError(f"Trainer: clip_norm must be a number or None, got {type(given).__name__} {given!r}")
-    if not 0 < float(given) < math.inf:
-        raise ValueError(f"Trainer: clip_norm must be positive and finite, got {given}; None does not clip")
+    with np.errstate(over="ignore"):
+        rounded = dtype.type(float(given))
+    if not 0 < rounded < math.inf:
+        of = f", which is {rounded:g} in {dtype}" if 0 < float(given) < math.inf else ""
+        raise ValueError(f"Trainer: clip_norm must be positive and finite, got {given}{of}; None does not clip")
     return float(given)
 
 

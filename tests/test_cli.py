@@ -455,6 +455,11 @@ def ratio(line, part):
     return float(re.fullmatch(rf"{part}: [\d,]+ bytes, ([\d.]+) of the least", line)[1])
 
 
+def test_explain_refuses_weights_of_two_types():
+    message = "precision: float16 keeps weights in float32, not in the dtype float64; leave one out"
+    assert fails("explain", "--precision", "float16", "--dtype", "float64") == message
+
+
 def test_explain_says_nothing_of_cuda_on_the_cpu():
     assert "CUDA graph" not in run("explain", "--device", "cpu")
 
@@ -532,7 +537,8 @@ def test_bad_data_is_one_line(folder):
     (["--out", "."], "is a folder"),
     (["--json", "none/m"], "none/m: there is no folder"),
     (["--clip-norm", 0], "clip_norm must be positive and finite, got 0.0"),
-    (["--dtype", "float64", "--precision", "float16"], "precision float16 keeps weights in float32, not in the dtype"),
+    (["--dtype", "float64", "--precision", "float16"], "precision: float16 keeps weights in float32, not in the dtype"),
+    (["--clip-norm", 1e-300], "clip_norm must be positive and finite, got 1e-300, which is 0 in float32"),
     (["--out", "m", "--json", "./m"], "is the file of --out, which would be lost"),
 ])  # fmt: skip
 def test_bad_settings_end_before_training(options, message, folder):

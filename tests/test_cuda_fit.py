@@ -175,8 +175,11 @@ def test_arrays_in_different_places_are_errors(cuda):
         TypeError, match=r"^fit: y lies on a CUDA device but x on the host; move x with cupy\.asarray\(x\)"
     ):
         t.fit(x, on(cuda, y))
-    with pytest.raises(ValueError, match=r"^fit: x .*'cuda:1'.*'cuda:0'"):
-        t.fit(on(other, x), on(other, y))
+    for data, name in (((on(other, x), on(other, y)), "x"), ((on(cuda, x), on(other, y)), "y")):
+        with pytest.raises(ValueError, match=f"^fit: {name}: the array lies on 'cuda:1' but 'cuda:0' is in use; copy"):
+            t.fit(*data)
+        with pytest.raises(ValueError, match=f"^fit: validation_data: {name}: the array lies on 'cuda:1'"):
+            t.fit(x, y, validation_data=data)
     with pytest.raises(
         TypeError, match=r"^fit: x lies on a CUDA device but the model on the CPU; pass x\.get\(\), or make "
     ):

@@ -2,6 +2,7 @@
 
 import builtins
 import pickle
+import re
 import warnings
 from contextlib import nullcontext
 
@@ -291,6 +292,11 @@ def test_unknown_names_and_bad_numbers():
     for bad, kind in ((0, ValueError), (-1.0, ValueError), (np.inf, ValueError), ("1", TypeError), (True, TypeError)):
         with pytest.raises(kind, match=r"^Trainer: clip_norm must be"):
             gb.Trainer(model, clip_norm=bad)
+    for bad, rounded in ((1e-300, "0"), (1e300, "inf")):
+        told = re.escape(f"got {bad:g}, which is {rounded} in float32; None does not clip")
+        with pytest.raises(ValueError, match=rf"^Trainer: clip_norm must be positive and finite, {told}$"):
+            gb.Trainer(model, clip_norm=bad, precision="bfloat16")
+        assert gb.Trainer(gb.mlp([4, 3]), clip_norm=bad, precision="float64").clip_norm == bad
 
 
 def test_bfloat16_without_its_package(monkeypatch):
