@@ -21,7 +21,7 @@ def check_one_place(x: Any, y: Any, where: str) -> None:
 
 def on_device(x: Any, backend: Backend, dtype: npt.DTypeLike, columns: int | None, where: str, name: str) -> Buffer:
     """x as finite rows (n, columns) of `dtype` on the backend's device, without a copy where it is that already."""
-    if backend.device == "cpu":
+    if backend.device.startswith("cpu"):
         remedy = f"pass {name}.get(), or make the Trainer with device='cuda'"
         raise TypeError(f"{where}: {name} lies on a CUDA device but the model on the CPU; {remedy}")
     a = taken(x, backend, where, name)
