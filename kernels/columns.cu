@@ -3,13 +3,13 @@
 // puts in front says the bytes per element, which are the floor: each operand once, and nothing else of
 // O(rows · columns). A kernel whose output is the array it reads stores nothing.
 //
-// Operands are (members, rows, columns), or one element; sums is (members, columns), in R. A block takes a tile of
-// blockDim.x · LANES columns and every gridDim.y-th group of blockDim.y rows; its sums go to partials (members,
-// gridDim.y, columns), and the last block of a tile to arrive at its ticket, one of (members, gridDim.x), adds those
-// up. Every order is fixed: a thread's rows from the top, then halves of the block, then the same over the partials.
+// Operands are (members, rows, columns), or one element; sums is (members, columns), in R. A block takes a member's tile
+// of blockDim.x · LANES columns and every gridDim.y-th group of blockDim.y rows; its sums go to partials (members,
+// gridDim.y, columns), and the last block of a tile to arrive at its ticket, one of (tiles, members), adds those up.
+// Every order is fixed: a thread's rows from the top, then halves of the block, then the same over the partials.
 //
-// Geometry: columns_geometry in geometry.py, from the shape alone. blockDim.y is a power of two; grid (tiles of
-// columns, splits of the rows, members); with one split neither partials nor tickets are touched.
+// Geometry: columns_geometry in geometry.py, from the shape alone. blockDim.y is a power of two; grid (tiles of columns
+// · members, splits of the rows); with one split neither partials nor tickets are touched.
 #include "reduce.cuh"
 
 namespace gpubackprop {
@@ -24,14 +24,14 @@ DEVICE void add_rows(R* values, int rows, int width) {
 }
 
 // sums (+)= what the blocks of this tile of columns have in `values` (blockDim.y, width).
-DEVICE void add_blocks(R* sums, R* partials, Word* tickets, int accumulate, Index columns, R* values) {
+DEVICE void add_blocks(R* sums, R* partials, Word* tickets, int accumulate, Index columns, Word members, R* values) {
     const int height = int(blockDim.y), width = int(blockDim.x) * LANES, threads = int(blockDim.x) * height;
-    const Index splits = gridDim.y, member = blockIdx.z, first = Index(blockIdx.x) * width;
+    const Index splits = gridDim.y, member = blockIdx.x % members, first = Index(blockIdx.x / members) * width;
     add_rows(values, height, width);
     if (splits > 1) {
         R* const own = partials + (member * splits + blockIdx.y) * columns;
         for (int i = thread(); i < width && first + i < columns; i += threads) own[first + i] = values[i];
-        if (!last_block(tickets + member * gridDim.x + blockIdx.x, gridDim.y)) return;
+        if (!last_block(tickets + blockIdx.x, gridDim.y)) return;
         for (int i = thread(); i < height * width; i += threads) {
             const Index column = first + i % width;
             R sum = 0;
@@ -60,13 +60,14 @@ $element
 template <int W>
 DEVICE void ${name}_tile($inner_parameters, R* values) {
     $values
+    const Word member = blockIdx.x % members, tile = blockIdx.x / members;
     const Index top = blockIdx.y * Index(blockDim.y) + threadIdx.y, down = gridDim.y * Index(blockDim.y);
     for (int part = 0; part < LANES / W; ++part) {
-        // One product: a sum of two in it, and NVRTC 13 stores the elements one by one.
-        const Index column = ((Index(blockIdx.x) * (LANES / W) + part) * blockDim.x + threadIdx.x) * W;
+        // One product: a sum in it, such as blockIdx.x % n is, and NVRTC 13 stores the elements one by one.
+        const Index column = ((Index(tile) * (LANES / W) + part) * blockDim.x + threadIdx.x) * W;
         Vector<W> sum = {};
         for (Index row = top; column < columns && row < rows; row += down) {
-            const Index at = (blockIdx.z * rows + row) * columns + column;
+            const Index at = (member * rows + row) * columns + column;
             $loads
             $compute
             $stores
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) $name($parameters) {
     const bool vectors = ($misaligned) == 0 && columns % LANES == 0;
     if (vectors) ${name}_tile<LANES>($inner_arguments, values);
     else ${name}_tile<1>($inner_arguments, values);
-    add_blocks(sums, partials, tickets, accumulate, columns, values);
+    add_blocks(sums, partials, tickets, accumulate, columns, members, values);
 }
 
 }  // namespace gpubackprop

@@ -432,7 +432,7 @@ def check_columns(old="", new=""):
     dx, sums = np.zeros_like(dy), np.zeros(64, np.float32)
     build(planted(codegen.source("tanh"), old, new)).run(
         "tanh_backward_bias", (1, 5), (16, 4), dx=dx, sums=sums, partials=np.full(320, np.nan, np.float32),
-        tickets=np.zeros(1, np.uint32), dy=dy, y=y, accumulate=0, rows=70, columns=64,
+        tickets=np.zeros(1, np.uint32), dy=dy, y=y, accumulate=0, rows=70, columns=64, members=1,
     )  # fmt: skip
     np.testing.assert_array_equal(dx, dy * (1 - y * y))
     np.testing.assert_array_equal(sums, dx.sum(0))

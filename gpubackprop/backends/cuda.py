@@ -223,7 +223,7 @@ class CudaBackend:
             source, kernel = formula.source("Columns", label)
             place = columns_geometry(rows, n, members, formula.lanes)
             calls.append(self._formula_kernel(source, kernel, formula, place, sums=columns, accumulate=accumulate,
-                                              rows=rows, columns=n))  # fmt: skip
+                                              rows=rows, columns=n, members=members))  # fmt: skip
         elif not accumulate:
             return self.fill(columns, 0.0)
         return self._launch(label, what, reads, writes, flops_of(graph, shape) + out.size, calls)

@@ -46,13 +46,13 @@ def broadcast_geometry(rows: int, columns: int, lanes: int) -> Geometry:
 
 
 def columns_geometry(rows: int, columns: int, members: int, lanes: int) -> Geometry:
-    """For `Columns` of (members, rows, columns): partials (members, splits, columns), tickets (members, tiles)."""
+    """For `Columns` of (members, rows, columns): partials (members, splits, columns), tickets (tiles, members)."""
     across = _threads(columns, lanes, WARP)
     down = THREADS // across
     tiles = _divided(columns, across * lanes)
     splits = min(_divided(rows, down * EACH), max(1, BLOCKS // (tiles * members)))
-    partials, tickets = (members * splits * columns, members * tiles) if splits > 1 else (0, 0)
-    return Geometry((tiles, splits, members), (across, down, 1), partials, tickets)
+    partials, tickets = (members * splits * columns, tiles * members) if splits > 1 else (0, 0)
+    return Geometry((tiles * members, splits, 1), (across, down, 1), partials, tickets)
 
 
 def sum_geometry(size: int, lanes: int) -> Geometry:

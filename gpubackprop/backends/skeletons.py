@@ -270,13 +270,14 @@ class Columns(Skeleton):
 
     @property
     def _outside(self) -> tuple[str, ...]:
-        return "sums", "partials", "tickets", "accumulate", "members"
+        return "sums", "partials", "tickets", "accumulate"
 
     def _results(self) -> Parameters:
         return [("R*", "sums"), ("R*", "partials"), ("Word*", "tickets")]
 
     def _extents(self) -> Parameters:
-        return [("const int", "accumulate"), *(("const Index", k) for k in ("rows", "columns"))]
+        kinds = {"accumulate": "int", "rows": "Index", "columns": "Index", "members": "Word"}
+        return [(f"const {kind}", k) for k, kind in kinds.items()]
 
     def _element(self) -> Iterator[str]:
         yield from super()._element() if self.writes else ()

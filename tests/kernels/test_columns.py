@@ -41,7 +41,7 @@ def launch(kernel, arrays, sums, accumulate=False, geometry=None):
     tickets = np.zeros(place.tickets, np.uint32) if place.tickets else None
     library(dtype.name).run(
         kernel.name, place.grid, place.block, sums=sums, partials=np.full(place.partials, np.nan, sums.dtype),
-        tickets=tickets, accumulate=accumulate, rows=rows, columns=columns, **arrays,
+        tickets=tickets, accumulate=accumulate, rows=rows, columns=columns, members=members, **arrays,
     )  # fmt: skip
     assert tickets is None or not tickets.any()
 
@@ -91,7 +91,7 @@ def test_adding_to_the_sums(kernel):
 @pytest.mark.parametrize("block", [(64, 1, 1), (1, 32, 1), (8, 4, 1), (32, 8, 1)], ids=str)
 def test_every_block(block):
     tiles = -(-132 // (4 * block[0]))
-    place = Geometry((tiles, 3, 2), block, 2 * 3 * 132, 2 * tiles)
+    place = Geometry((2 * tiles, 3, 1), block, 2 * 3 * 132, 2 * tiles)
     check(KERNELS["relu_backward_bias"], (2, 50, 132), np.dtype(np.float32), geometry=place)
 
 
@@ -133,6 +133,6 @@ def test_geometry_fits_the_device_and_the_scratch_is_small(shape):
     members, rows, columns = shape
     for lanes in (2, 4, 8):
         grid, block, partials, tickets = columns_geometry(rows, columns, members, lanes)
-        assert block[0] * block[1] == 256 and grid[0] * block[0] * lanes >= columns and grid[1:] < (65_536, 65_536)
-        assert partials == (members * grid[1] * columns if grid[1] > 1 else 0) and tickets <= members * grid[0]
+        assert block[0] * block[1] == 256 and grid[0] == members * -(-columns // (block[0] * lanes))
+        assert (partials, tickets) == ((members * grid[1] * columns, grid[0]) if grid[1] > 1 else (0, 0))
         assert 16 * partials <= members * rows * columns
