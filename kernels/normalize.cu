@@ -189,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_backward(T* __r
         const int accumulate_dx, const int accumulate_dgain, const int accumulate_dbias, const Index rows,
         const Index columns) {
     const bool summed = dgain != nullptr || dbias != nullptr;
-    R* const sums = summed ? partials + blockIdx.x * 2 * columns : nullptr;
+    R* const sums = summed ? partials + blockIdx.x * (2 * columns) : nullptr;
     const size_t off = misaligned(dx) | misaligned(dy) | misaligned(x) | misaligned(gain) | misaligned(sums);
     branch(columns % W == 0 && off == 0, [&](auto vectors) {
         branch(columns <= K * Index(blockDim.x) * W, [&](auto whole) {

@@ -157,7 +157,7 @@ def test_no_atomics_of_floats():
 
 WHO = """
 kernel who(Word* __restrict__ count, Word* __restrict__ y) {
-    y[count[0]] = blockIdx.x * blockDim.x + threadIdx.x;
+    y[count[0]] = Word(blockIdx.x * Index(blockDim.x) + threadIdx.x);
     count[0] += 1;
 }
 """
@@ -182,8 +182,8 @@ def test_results_that_depend_on_the_order_are_an_error():
 
 PLACES = """
 kernel where(Word* __restrict__ y) {
-    const Word block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-    y[block * blockDim.x * blockDim.y * blockDim.z + Word(thread())] += 1 + threadIdx.z;
+    const Index block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * Index(blockIdx.z));
+    y[block * blockDim.x * blockDim.y * blockDim.z + thread()] += 1 + threadIdx.z;
 }
 """
 
@@ -215,9 +215,9 @@ REVERSE = """
 kernel reverse(R* __restrict__ y, const R* __restrict__ x) {
     __shared__ R kept[THREADS];
     const unsigned i = threadIdx.x;
-    kept[i] = x[blockIdx.x * blockDim.x + i];
+    kept[i] = x[blockIdx.x * Index(blockDim.x) + i];
     __syncthreads();
-    y[blockIdx.x * blockDim.x + i] = kept[blockDim.x - 1 - i];
+    y[blockIdx.x * Index(blockDim.x) + i] = kept[blockDim.x - 1 - i];
 }
 """
 
@@ -281,6 +281,27 @@ def test_reading_a_lane_outside_the_mask_is_an_error():
         EmulationError, match=r"^reads: __shfl_down_sync in reads, line \d+, reads lane 8, which its mask"
     ):
         library.launch("reads", 1, 32)
+
+
+# ---- places beyond 32 bits -------------------------------------------------------------------------------------------
+
+PRODUCTS = ["blockIdx.x * blockDim.x", "gridDim.x * gridDim.y", "4u * blockIdx.x", "blockIdx.x / 2u * int(columns)"]
+KEY = re.compile(r"(blockIdx|gridDim)\.\w")
+
+
+@pytest.mark.parametrize("place", PRODUCTS)
+def test_numbers_of_blocks_are_multiplied_in_64_bits(place):
+    """What an array of a test would not show: a place beyond 2³¹ elements that wraps."""
+    text = "kernel places(Index* __restrict__ y, const Index columns) {{ y[0] = Index({}) + columns; }}".format
+    with pytest.raises(RuntimeError, match="may not fit 32 bits; make a factor an Index|deleted function"):
+        build(kernel(text(place)))
+    build(kernel(text(KEY.sub(r"Index(\g<0>)", place, count=1))))
+
+
+def test_places_of_a_kernel_are_made_in_64_bits():
+    source = planted(codegen.source("mse"), "blockIdx.x * Index(blockDim.x) + threadIdx.x", "blockIdx.x * blockDim.x")
+    with pytest.raises(RuntimeError, match="may not fit 32 bits; make a factor an Index"):
+        build(source)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -248,7 +248,7 @@ class Kernel(Skeleton):
 
 
 ADVANCE = """\
-if (last_block(ticket, gridDim.x * gridDim.y * gridDim.z) && thread() == 0) {
+if (last_block(ticket, Word(gridDim.x * Index(gridDim.y) * gridDim.z)) && thread() == 0) {
     const bool applied = control == nullptr || control[2] != 0;
     if (state[0] < state[3]) state[0] += 1;
     if (applied && state[1] < state[3]) state[1] += 1;

@@ -15,8 +15,9 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-uint3 threadIdx, blockIdx;
-dim3 blockDim, gridDim;
+uint3 threadIdx;
+dim3 blockDim;
+emulation::Grid blockIdx, gridDim;
 
 namespace emulation {
 namespace {
@@ -132,7 +133,7 @@ struct Thread {
 };
 
 struct Block {
-    uint3 index;
+    emulation::Grid index;
     uint64_t number, epoch = 0;  // barriers passed
     unsigned waiting = 0, returned = 0;
     std::vector<Thread> threads;
@@ -323,7 +324,7 @@ void wait() {
 
 // ---- what is said when nothing can go on ----------------------------------------------------------------------------
 
-std::string tuple(uint3 v) {
+std::string tuple(emulation::Grid v) {
     return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
 }
 

@@ -2,7 +2,8 @@
 //
 // Threads are fibers that emulation.cpp switches at barriers and shuffles only, so there is no parallelism, but every
 // order of threads and blocks that barriers permit may be asked for. Stricter than CUDA: a barrier or a shuffle that
-// names a thread which has returned is an error. Not modelled: memory that becomes visible late (fences do nothing).
+// names a thread which has returned is an error, and so are blocks counted in products of 32 bits. Not modelled: memory
+// that becomes visible late (fences do nothing; the rules of benchmarks/ledger.py ask for them).
 #ifndef EMULATION
 #define EMULATION
 
@@ -22,9 +23,45 @@ struct uint3 {
     unsigned x, y, z;
 };
 using dim3 = uint3;
-extern uint3 threadIdx, blockIdx;
-extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
+
+namespace emulation {
+
+// A number of blocks: times what is 32-bit too, it may be more than 32 bits hold, which no array in a test would show.
+struct Blocks {
+    unsigned n;
+    operator unsigned() const { return n; }
+};
+template <typename V>
+constexpr bool wide = std::is_integral<V>::value && sizeof(V) == 8;
+template <typename V>
+V operator*(Blocks blocks, V v) {
+    static_assert(wide<V>, "blockIdx or gridDim times 32 bits may not fit 32 bits; make a factor an Index");
+    return V(blocks.n) * v;
+}
+template <typename V>
+V operator*(V v, Blocks blocks) {
+    return blocks * v;
+}
+inline unsigned operator*(Blocks, Blocks) = delete;  // for the same reason
+template <typename V>
+std::conditional_t<wide<V>, V, Blocks> operator/(Blocks blocks, V v) {
+    return {static_cast<std::conditional_t<wide<V>, V, unsigned>>(blocks.n) / v};
+}
+template <typename V>
+std::conditional_t<wide<V>, V, Blocks> operator%(Blocks blocks, V v) {
+    return {static_cast<std::conditional_t<wide<V>, V, unsigned>>(blocks.n) % v};
+}
+
+struct Grid {
+    Blocks x, y, z;
+};
+
+}  // namespace emulation
+
+extern uint3 threadIdx;
+extern dim3 blockDim;
+extern emulation::Grid blockIdx, gridDim;
 
 namespace emulation {
 
@@ -49,7 +86,8 @@ int lane();
 void atomic();
 
 struct Launch {
-    dim3 grid, block;
+    Grid grid;
+    dim3 block;
     unsigned long long order;  // 0: threads and blocks in their natural order, else the seed of their permutation
 };
 
