@@ -620,6 +620,7 @@ DTYPES = {0: np.float32, 1: np.float64, 2: np.float16}
 
 def test_enumerations_have_the_documented_values():
     assert cublas.TYPES == {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}  # library_types.h
+    assert (cublas.DEFAULT_ALGORITHM, cublas.SUM_IN_COMPUTE_TYPE) == (-1, 16)  # cublas_api.h
     assert {k: number for k, (number, _) in cublas.COMPUTE.items()} == {"float32": 68, "tf32": 77, "float64": 70}
     assert all({kind, out} <= cublas.TYPES.keys() and c in cublas.COMPUTE for kind, out, c in cublas.SUPPORTED)
 
