@@ -10,14 +10,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from emulator import COMPILER, ORDERS, EmulationError, build, sanitizer_environment
+from emulator import ORDERS, EmulationError, build, sanitizer_environment
 
 from gpubackprop.backends import codegen
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or sys.platform != "linux", reason="needs g++ and Linux, whose loader finds the shared memory"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, whose loader finds the shared memory")
 SMALL = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -25,6 +23,13 @@ def kernel(text, dtype="float32"):
     """A source with reduce.cuh and one more kernel, or several."""
     body = re.sub(r"kernel (\w+)\(", r'extern "C" __global__ void __launch_bounds__(THREADS) \1(', text)
     return codegen.file_unit("reduce.cuh", dtype) + f"\nnamespace gpubackprop {{\n{body}\n}}\n"
+
+
+@pytest.mark.parametrize("test", ["test_emulator.py::test_votes", "kernels/test_sum.py::test_the_tally"])
+def test_without_a_compiler_tests_fail_and_say_what_to_install(test):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / test)]
+    done = subprocess.run(command, cwd=HERE.parent, env=os.environ | {"PATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 1 and "g++, which is not installed: apt install g++" in done.stdout, done.stdout
 
 
 # ---- types -----------------------------------------------------------------------------------------------------------
@@ -293,7 +298,7 @@ KEY = re.compile(r"(blockIdx|gridDim)\.\w")
 def test_numbers_of_blocks_are_multiplied_in_64_bits(place):
     """What an array of a test would not show: a place beyond 2³¹ elements that wraps."""
     text = "kernel places(Index* __restrict__ y, const Index columns) {{ y[0] = Index({}) + columns; }}".format
-    with pytest.raises(RuntimeError, match="may not fit 32 bits; make a factor an Index|deleted function"):
+    with pytest.raises(RuntimeError, match=r"may not fit 32 bits; make a factor an Index|deleted function"):
         build(kernel(text(place)))
     build(kernel(text(KEY.sub(r"Index(\g<0>)", place, count=1))))
 

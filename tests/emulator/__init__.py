@@ -23,12 +23,11 @@ import numpy as np
 
 from gpubackprop.backends import codegen
 
-__all__ = ["COMPILER", "ORDERS", "EmulationError", "Library", "build", "sanitizer_environment"]
+__all__ = ["ORDERS", "EmulationError", "Library", "build", "sanitizer_environment"]
 
 ORDERS = range(5)  # the natural one; two that go warp by warp; two that mix the threads of several blocks
 LIMITS = (2**31 - 1, 65_535, 65_535, 1024, 1024, 64)  # of CUDA: grid, block
 HERE = Path(__file__).parent
-COMPILER = shutil.which("g++")
 OPTIONS = [
     "-std=c++17",
     "-O1",
@@ -54,9 +53,18 @@ class EmulationError(RuntimeError):
     """Threads that wait for each other for ever, results that depend on their order, or a write outside an array."""
 
 
+def compiler():
+    """The path of g++; RuntimeError, not a skipped test, if it is not installed."""
+    if (path := shutil.which("g++")) is None:
+        raise RuntimeError(
+            "kernels run on the CPU by g++, which is not installed: apt install g++ (Debian) or gcc-c++ (Fedora)"
+        )
+    return path
+
+
 def sanitizer_environment():
     """The environment of a process whose libraries are sanitized: it must load the sanitizers before all else."""
-    commands = [[COMPILER, f"-print-file-name={name}.so"] for name in ("libasan", "libubsan", "libstdc++")]
+    commands = [[compiler(), f"-print-file-name={name}.so"] for name in ("libasan", "libubsan", "libstdc++")]
     paths = [subprocess.run(c, capture_output=True, check=True, text=True).stdout.strip() for c in commands]
     return os.environ | {
         "LD_PRELOAD": ":".join(paths), "GPUBACKPROP_SANITIZE": "1", "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -93,7 +101,7 @@ def _build(source, sanitize, more):
 def _surroundings():
     """What a build depends on beside its own text and options."""
     parts = [p.read_bytes() for p in sorted(HERE.rglob("*.h"))]
-    version = subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout
+    version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
     return hashlib.sha256(b"\0".join([version, *parts])).hexdigest()
 
 
@@ -107,7 +115,7 @@ def _cached(suffix, text, options, objects=()):
         with tempfile.TemporaryDirectory(dir=folder) as work:
             (source := Path(work) / "unit.cpp").write_text(text, "utf-8")
             made = Path(work) / f"unit{suffix}"
-            command = [COMPILER, *options, str(source), *objects, "-o", str(made)]
+            command = [compiler(), *options, str(source), *objects, "-o", str(made)]
             plain = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
             done = subprocess.run(command, capture_output=True, text=True, env=plain)
             if done.returncode:
