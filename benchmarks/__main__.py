@@ -1,11 +1,12 @@
 """`python -m benchmarks`: the command line of the benchmark suite."""
 
+import difflib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,13 +90,16 @@ def _table(ledger: Ledger, names: Collection[str], arch: str | None, dtype: str 
     if not any(dtype in (None, key[1]) for key in ledger.lines):
         types = ", ".join(dict.fromkeys(key[1] for key in ledger.lines))
         raise click.ClickException(f"no types {dtype!r} in the ledger; choose from {types}")
+    known = dict.fromkeys(name for name, _ in ledger.lines)
+    if unknown := [name for name in names if name not in known]:
+        raise click.ClickException("\n".join(_no_kernel(name, known) for name in unknown))
     rows = [
         [*key, *(value_for(arch, cell) if arch else _range(cell) for cell in line.values())]
         for key, line in ledger.lines.items()
         if (not names or key[0] in names) and (not dtype or key[1] == dtype)
     ]
     if not rows:
-        raise click.ClickException("no such kernel in the ledger; all: python -m benchmarks kernels")
+        raise click.ClickException(f"{', '.join(names)}: not with types {dtype!r}")
     heads = [head.split() for head in ["kernel", "types", *next(iter(ledger.lines.values()))]]
     upper, lower = [h[0] if len(h) > 1 else "" for h in heads], [h[-1] for h in heads]
     rows = [upper, lower, *rows]
@@ -103,6 +107,11 @@ def _table(ledger: Ledger, names: Collection[str], arch: str | None, dtype: str 
     for row in rows:
         cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
         yield "  ".join(cells).rstrip()
+
+
+def _no_kernel(name: str, known: Iterable[str]) -> str:
+    near = ", ".join(difflib.get_close_matches(name, list(known)))
+    return f"no kernel {name!r} in the ledger; {f'near: {near}' if near else 'all: python -m benchmarks kernels'}"
 
 
 def _range(cell: str) -> str:

@@ -325,7 +325,9 @@ def test_the_command_prints_the_ledger():
 
 def test_the_command_names_what_is_wrong():
     failed = CliRunner().invoke(command.main, ["kernels", "rleu"])
-    assert failed.exit_code == 1 and "no such kernel in the ledger" in failed.output
+    assert failed.exit_code == 1 and "no kernel 'rleu' in the ledger; all: " in failed.output
+    failed = CliRunner().invoke(command.main, ["kernels", "relu_forward", "relu_fowrard", "top1"])
+    assert failed.exit_code == 1 and "no kernel 'relu_fowrard' in the ledger; near: relu_forward" in failed.output
     failed = CliRunner().invoke(command.main, ["kernels", "relu_forward", "--dtype", "int8"])
     assert (
         failed.exit_code == 1
