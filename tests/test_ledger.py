@@ -190,9 +190,13 @@ def one():
         ({"local": 8}, "local"),
         ({"double": 1}, "fp64"),
         ({"float_atomics": 1}, "float atomics"),
+        ({"integer_atomics": 1}, "integer atomics"),
+        ({"shared": 1024}, "shared"),
         ({"loop_loads": (64, 64)}, "loop loads"),
         ({"loop_stores": (128, 32)}, "loop stores"),
         ({"loop_stores": ()}, "loop stores"),
+        ({"loads": (64, 32)}, "loads"),
+        ({"stores": (128, 16)}, "stores"),
     ],
 )
 def test_what_is_worse_than_the_ledger_is_caught(one, change, column):
