@@ -13,6 +13,8 @@ GLOBAL = re.compile(r"(LDG?|STG?)\.")  # generic accesses too: they may be globa
 DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|.*(\.F64\b|64H\b)")
 ATOMIC = re.compile(r"(ATOM|ATOMG|ATOMS|RED|REDG|REDS)\.")
 OF_FLOATS = re.compile(r".*\.(B?F(16|32|64)|CAST?\b)")  # compare-and-swap in a loop adds floats where no opcode does
+FENCE = re.compile(r"MEMBAR\.(.+\.)?(GPU|SYS)\b")
+TICKET = re.compile(r"ATOMG?\.\S+ (?!PT,RZ,)")  # an atomic whose value is used
 ADDRESS = re.compile(r"\[(R\w+)(?:\.\w+)?(?:\+(UR\d+))?(?:\+(-?0x[0-9a-f]+))?\]")
 
 Accesses = tuple[int, ...]  # widths in bits, one for each instruction
@@ -37,6 +39,7 @@ class Facts:
     stores: Accesses
     loop_loads: Accesses
     loop_stores: Accesses
+    unfenced: tuple[int, int]  # stores with a ticket after them, loads after a ticket, and no fence on a path between
     split: int  # narrow accesses of the main loop side by side, where others are wide: vectors that the compiler split
 
 
@@ -61,6 +64,7 @@ def measure(function: Function, architecture: str, threads: int) -> Facts:
         stores=_widths(code, "ST"),
         loop_loads=_widths(loop, "LD"),
         loop_stores=_widths(loop, "ST"),
+        unfenced=_unfenced(code),
         split=sum(map(_split, _blocks(code, places))),
     )
 
@@ -106,6 +110,34 @@ def _main_loop(code: Sequence[Instruction]) -> list[int]:
         return max(widths), min(widths), sum(widths)
 
     return max(innermost, key=rank, default=[])
+
+
+# ---- order of memory -----------------------------------------------------------------------------------------------
+
+
+def _unfenced(code: Sequence[Instruction]) -> tuple[int, int]:
+    """Stores that other blocks may see later than the ticket, and loads that may see what was before theirs.
+
+    A load of what no thread writes (CONSTANT) need not wait.
+    """
+    fences = {i for i, c in enumerate(code) if FENCE.match(c.opcode)}
+    following = [list(_successors(code, i)) for i in range(len(code))]
+    preceding: list[list[int]] = [[] for _ in code]
+    for i, others in enumerate(following):
+        for j in others:
+            preceding[j].append(i)
+
+    def near(steps: Sequence[Sequence[int]], kind: str) -> int:
+        reached = set[int]()
+        waiting = [j for i, c in enumerate(code) if TICKET.match(f"{c.opcode} {c.operands}") for j in steps[i]]
+        while waiting:
+            if (i := waiting.pop()) not in reached and i not in fences:
+                reached.add(i)
+                waiting += steps[i]
+        found = [code[i].opcode for i in reached if GLOBAL.match(code[i].opcode)]
+        return sum(opcode.startswith(kind) and ".CONSTANT" not in opcode for opcode in found)
+
+    return near(preceding, "ST"), near(following, "LD")
 
 
 # ---- control flow --------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def violations(m: Measured) -> list[str]:
         f"{f.local} bytes of local memory a thread": f.local,
         f"{f.double} instructions of 64-bit arithmetic": f.double and m.entry.dtype != "float64",
         f"{f.float_atomics} atomics of floats": f.float_atomics,
+        f"no fence between {f.unfenced[0]} stores and a ticket, a ticket and {f.unfenced[1]} loads": any(f.unfenced),
         f"a scalar main loop: loads {f.loop_loads}, stores {f.loop_stores}": not _vectors(m.entry, f),
         f"{f.split} accesses of the main loop side by side, which could be vectors": f.split,
         f"parameters {m.mismatch}": m.mismatch,

@@ -50,8 +50,9 @@ DEVICE bool last_block(Word* ticket, Word blocks) {
     __syncthreads();
     if (thread() == 0) last = atomicInc(ticket, blocks - 1) == blocks - 1;
     __syncthreads();
-    if (last) __threadfence();
-    return last;
+    if (!last) return false;
+    __threadfence();
+    return true;
 }
 
 // Whether this block is the last of a grid along x to arrive; then `v` is the sum of the v of all its threads, in each.

@@ -11,7 +11,7 @@ import benchmarks.__main__ as command
 from benchmarks import ledger as ledgers
 from benchmarks.audit import natural_loops
 from benchmarks.cuda import ARCHITECTURES, CompileError, Instruction, compile_cuda, toolkit
-from benchmarks.inventory import Entry, Unit, inventory, representative, stated_bytes
+from benchmarks.inventory import Entry, Unit, inventory, representative, stated_bytes, units
 from benchmarks.ledger import ALLOWANCE, Ledger, compiled, measured, violations
 from benchmarks.occupancy import MULTIPROCESSORS, occupancy
 from gpubackprop.backends import codegen
@@ -135,6 +135,27 @@ def test_an_innocent_kernel_keeps_the_rules():
 )
 def test_planted_faults_are_caught(body, broken, architecture):
     assert any(broken in what for what in violations(planted(body, architecture)))
+
+
+FENCES = {"before": "    __threadfence();\n    __syncthreads();\n", "after": "false;\n    __threadfence();\n"}
+
+
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
+@pytest.mark.parametrize("name", ["mse_forward", "relu_backward_bias", "layer_norm_backward"])
+def test_a_missing_fence_is_caught(name, architecture):
+    """The one that publishes partial sums before the ticket, and the one that keeps the last block from old ones."""
+    [unit] = units([Entry(name, "float32")])
+
+    def found(old="", new=""):
+        assert old in unit.source
+        [m] = compiled([replace(unit, source=unit.source.replace(old, new))], architecture)
+        return [what.partition(": ")[2] for what in violations(m)]
+
+    without = {place: text.replace("    __threadfence();\n", "") for place, text in FENCES.items()}
+    assert found() == []
+    [before], [after] = (found(FENCES[place], without[place]) for place in FENCES)
+    assert re.fullmatch(r"no fence between [1-9]\d* stores and a ticket, a ticket and 0 loads", before)
+    assert re.fullmatch(r"no fence between 0 stores and a ticket, a ticket and [1-9]\d* loads", after)
 
 
 def test_integer_atomics_are_no_fault():
