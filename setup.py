@@ -14,8 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 OPTIONS = [
-    "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden",
-    "-pthread", "-g0", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi",
+    "-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fvisibility=hidden", "-pthread", "-g0", "-Wall", "-Wextra",
+    "-Wno-unknown-pragmas", "-Wno-psabi",
 ]  # fmt: skip
 
 

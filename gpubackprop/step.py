@@ -212,7 +212,7 @@ class Graphs:
             return plan.backend.capture([launch for section in SECTIONS for launch in plan.sections[section]])
         except CaptureError as error:
             self.wanted = False
-            warnings.warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning, stacklevel=6)
             return None
 
 

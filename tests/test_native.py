@@ -1,11 +1,13 @@
 """The native library: its kernels against the reference, how work is shared, and what happens where it is not there."""
 
 import ctypes
+import gc
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,15 @@ def test_the_pool_has_no_race(tmp_path):
     subprocess.run(["g++", *options, str(main), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_launch_keeps_the_table_that_it_reads():
+    back = get_backend("cpu")
+    table = back.step_table(["1 / rows"], np.float32, 1)
+    launch, still_there = back.advance(table), weakref.ref(table)
+    del table
+    gc.collect()
+    assert compiled(launch) and still_there() is not None
 
 
 def test_jobs_keep_what_their_addresses_stand_for():

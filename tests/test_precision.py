@@ -310,8 +310,11 @@ def test_bfloat16_without_its_package(monkeypatch):
 
 def test_a_graph_on_the_cpu_is_one_warning_and_the_same_bits():
     plain = trained("float32")
-    with pytest.warns(RuntimeWarning, match=r"^cuda_graph: the CPU has no CUDA graphs; steps are launched one by one$"):
+    with pytest.warns(
+        RuntimeWarning, match=r"^cuda_graph: the CPU has no CUDA graphs; steps are launched one by one$"
+    ) as seen:
         asked = trained("float32", cuda_graph=True)
+    assert [w.filename for w in seen] == [__file__]  # where fit was called
     for a, b in zip(plain.model.state_dict().values(), asked.model.state_dict().values(), strict=True):
         np.testing.assert_array_equal(a, b)
     with warnings.catch_warnings():

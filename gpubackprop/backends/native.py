@@ -89,10 +89,9 @@ class Job(partial[None]):
         return self.func
 
     @classmethod
-    def of(cls, kernel: Any, *words: "int | Array | None") -> "Job":
-        """The kernel with these: numbers, and arrays as their addresses."""
-        numbers = [w.ctypes.data if isinstance(w, np.ndarray) else w or 0 for w in words]
-        array = np.array(numbers, np.int64)
+    def of(cls, kernel: Any, *words: "int | Array | NativeStepTable | None") -> "Job":
+        """The kernel with these: numbers, and arrays and step tables as their addresses."""
+        array = np.array([_word(w) for w in words], np.int64)
         job = cls(kernel, array.ctypes.data)
         job.kept = array, words
         return job
@@ -102,6 +101,12 @@ def available() -> list[str]:
     """The instruction sets that this machine has and a library was built for, the best last; RuntimeError if none."""
     order = ["base", *host.INSTRUCTION_SETS]
     return [name for name in order[: order.index(Library("base").best) + 1] if _path(name).exists()]
+
+
+def _word(w: "int | Array | NativeStepTable | None") -> int:
+    if isinstance(w, NativeStepTable):
+        w = w.state
+    return w.ctypes.data if isinstance(w, np.ndarray) else w or 0
 
 
 @cache
@@ -226,7 +231,7 @@ class NativeBackend(NumpyBackend):
                 loop, kernel = found
                 size = math.prod(shape)
                 partials = np.empty(-(-size // GRAIN) or 1, dtype)
-                added = (None, None, None) if tally is None else (*_tallied(tally), _state(table))
+                added = (None, None, None) if tally is None else (*_tallied(tally), _native(table))
                 outputs = (writes[k] for k in loop.outputs if k in writes)
                 inputs = _inputs(loop, reads, table)
                 return [Job.of(kernel, *outputs, *inputs, total, partials, *added, size)]
@@ -254,7 +259,7 @@ class NativeBackend(NumpyBackend):
             return super()._feed(source_x, source_y, order, steps, x, y, scale)
         kernel = self.library.kernel("feed", np.dtype(np.float32))
         widths = (math.prod(a.shape[1:]) * a.itemsize for a in (x, y))
-        return Job.of(kernel, x, y, source_x, source_y, order, _state(steps), len(x), *widths)
+        return Job.of(kernel, x, y, source_x, source_y, order, _native(steps), len(x), *widths)
 
     def _softmax_cross_entropy(
         self, x: Array, target: Array, dx: Array, total: Array, table: StepTable | None, tally: Tally | None,
@@ -272,7 +277,7 @@ class NativeBackend(NumpyBackend):
             factors = steps.scalar("1 / rows"), steps.control[:1]
         added = (None, None) if tally is None else _tallied(tally)
         correct = _tally(tally).correct if tally is not None and count else None
-        state = None if table is None else _state(table)
+        state = None if table is None else _native(table)
         return [Job.of(kernel, dx, total, x, target, *scratch, *factors, *added, correct, state, rows, classes)]
 
     def _normalize(self, axis: int, eps: float, reads: Iterable[Array], writes: Iterable[Array]) -> list[Call]:
@@ -308,16 +313,16 @@ class NativeBackend(NumpyBackend):
             return super()._dropout(x, rate, seed, site, step, out, accumulate)
         fixed = int(step) % 2**32 if isinstance(step, int | np.integer) else None
         kernel = self.library.kernel("dropout", x.dtype)
-        state, threshold = None if fixed is not None else _state(step), round((1 - rate) * 2**32)
+        state, threshold = None if fixed is not None else _native(step), round((1 - rate) * 2**32)
         key, scale = (seed + 2**63) % 2**64 - 2**63, np.array(1 / (1 - rate), x.dtype)
         return [Job.of(kernel, out, x, x.size, key, site % 2**32, state, fixed, threshold, accumulate, scale)]
 
     def _accumulate_loss(self, total: Array, steps: NumpyStepTable, sums: NumpyTally) -> Call:
         kernel = self.library.kernel("accumulate_loss", total.dtype)
-        return Job.of(kernel, total, *_tallied(sums), sums.correct, _state(steps))
+        return Job.of(kernel, total, *_tallied(sums), sums.correct, _native(steps))
 
     def _advance(self, steps: NumpyStepTable) -> Call:
-        return Job.of(self.library.kernel("advance", steps.row.dtype), _state(steps))
+        return Job.of(self.library.kernel("advance", steps.row.dtype), _native(steps))
 
 
 # ---- jobs ----------------------------------------------------------------------------------------------------------
@@ -356,10 +361,6 @@ def _inputs(
 def _tallied(tally: Tally) -> tuple[Array, Array]:
     sums = _tally(tally)
     return sums.loss, sums.bad_step
-
-
-def _state(table: Any) -> Array:
-    return _native(table).state
 
 
 def _native(table: Any) -> NativeStepTable:

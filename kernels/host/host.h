@@ -37,7 +37,7 @@ static inline R minimum(R a, R b) {
 }
 
 [[maybe_unused]] constexpr Index GRAIN = 16384;  // elements in a piece of work that may go to another core
-[[maybe_unused]] constexpr Index WORTH = 65536;  // from how many elements on it does
+[[maybe_unused]] constexpr Index WORTH = 131072; // from how many elements on it does
 [[maybe_unused]] constexpr Index STRIP = 16;     // sums that are added up side by side
 
 template <typename E>
