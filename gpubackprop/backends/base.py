@@ -18,7 +18,7 @@ from gpubackprop.formulas import Expr, walk
 __all__ = [
     "CONTROL", "GROWTH_STEPS", "LARGEST_SCALE", "Backend", "Buffer", "CaptureError", "Graph", "Launch", "Staging",
     "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "flops_of", "is_on_device",
-    "setting", "tf32", "too_large", "use_tf32", "use_workspace", "workspace",
+    "owned", "setting", "tf32", "too_large", "use_tf32", "use_workspace", "workspace",
 ]  # fmt: skip
 
 Buffer = Any  # a NumPy or CuPy array: C-contiguous unless a primitive says otherwise
@@ -199,6 +199,13 @@ def common(
     shape = np.broadcast_shapes(*(a.shape for a in (*reads.values(), *writes.values())))
     expect(label, all(a.shape == shape for a in writes.values()), f"{[a.shape for a in arrays]}")
     return shape, np.dtype(np.float32) if narrow else arrays[0].dtype
+
+
+def owned(kind: type[_Value], thing: Any, what: str) -> _Value:
+    """The thing, as what this backend makes; TypeError if it is another backend's."""
+    if not isinstance(thing, kind):
+        raise TypeError(f"{what} of another backend: {type(thing).__name__}")
+    return thing
 
 
 def flops_of(graph: Graph, shape: tuple[int, ...]) -> int:

@@ -23,6 +23,7 @@ from gpubackprop.backends.base import (
     expect,
     flops_of,
     is_on_device,
+    owned,
     tf32,
     too_large,
     workspace,
@@ -603,12 +604,8 @@ def _buffers(tally: Tally | None) -> dict[str, Buffer]:
 
 
 def _cuda(table: Any) -> CudaStepTable:
-    if not isinstance(table, CudaStepTable):
-        raise TypeError(f"step table of another backend: {type(table).__name__}")
-    return table
+    return owned(CudaStepTable, table, "step table")
 
 
 def _tally(tally: Tally) -> CudaTally:
-    if not isinstance(tally, CudaTally):
-        raise TypeError(f"tally of another backend: {type(tally).__name__}")
-    return tally
+    return owned(CudaTally, tally, "tally")

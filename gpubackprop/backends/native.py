@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import host
-from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally
+from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally, owned
 from gpubackprop.backends.numpy import Calls, NumpyBackend, calls_of
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally
 from gpubackprop.formulas import describe
@@ -271,14 +271,11 @@ class NativeBackend(NumpyBackend):
         kernel = self.library.kernel(f"softmax_cross_entropy_{'labels' if labels else 'rows'}", x.dtype)
         rows, classes = x.shape
         scratch = np.empty(rows, x.dtype), np.empty(rows, x.dtype), np.empty(rows, np.int64)
-        factors: tuple[Array | None, ...] = (None, None)
-        if table is not None:
-            steps = _native(table)
-            factors = steps.scalar("1 / rows"), steps.control[:1]
+        steps = None if table is None else _native(table)
+        factors = (None, None) if steps is None else (steps.scalar("1 / rows"), steps.control[:1])
         added = (None, None) if tally is None else _tallied(tally)
         correct = _tally(tally).correct if tally is not None and count else None
-        state = None if table is None else _native(table)
-        return [Job.of(kernel, dx, total, x, target, *scratch, *factors, *added, correct, state, rows, classes)]
+        return [Job.of(kernel, dx, total, x, target, *scratch, *factors, *added, correct, steps, rows, classes)]
 
     def _normalize(self, axis: int, eps: float, reads: Iterable[Array], writes: Iterable[Array]) -> list[Call]:
         x, *_ = reads = list(reads)
@@ -364,12 +361,8 @@ def _tallied(tally: Tally) -> tuple[Array, Array]:
 
 
 def _native(table: Any) -> NativeStepTable:
-    if not isinstance(table, NativeStepTable):
-        raise TypeError(f"step table of another backend: {type(table).__name__}")
-    return table
+    return owned(NativeStepTable, table, "step table")
 
 
 def _tally(tally: Tally) -> NumpyTally:
-    if not isinstance(tally, NumpyTally):
-        raise TypeError(f"tally of another backend: {type(tally).__name__}")
-    return tally
+    return owned(NumpyTally, tally, "tally")

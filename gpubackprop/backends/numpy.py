@@ -22,6 +22,7 @@ from gpubackprop.backends.base import (
     common,
     expect,
     flops_of,
+    owned,
     tf32,
     workspace,
 )  # fmt: skip
@@ -485,15 +486,11 @@ def _like(source: Array, x: Array) -> Array:
 
 
 def _numpy(table: StepTable | None) -> NumpyStepTable:
-    if not isinstance(table, NumpyStepTable):
-        raise TypeError(f"step table of another backend: {type(table).__name__}")
-    return table
+    return owned(NumpyStepTable, table, "step table")
 
 
 def _tally(tally: Tally) -> NumpyTally:
-    if not isinstance(tally, NumpyTally):
-        raise TypeError(f"tally of another backend: {type(tally).__name__}")
-    return tally
+    return owned(NumpyTally, tally, "tally")
 
 
 def _buffers(tally: Tally | None) -> dict[str, Array]:
