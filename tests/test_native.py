@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -84,12 +85,47 @@ def compiled(launch):
     "optimizer", [gb.SGD(), gb.SGD(momentum=0.9), gb.SGD(momentum=0.9, nesterov="lookahead"), gb.Adam(), gb.AdamW()]
 )
 @pytest.mark.parametrize("activation", formulas.ACTIVATIONS)
-def test_a_training_step_is_compiled_but_for_its_products(activation, optimizer):
-    for loss, units, dropout in (("cross_entropy", 3, 0.2), ("mse", 1, 0.0), ("bce", 2, 0.0)):
-        model = gb.mlp([5, 8, units], activation, dropout=dropout)
-        plan = gb.Trainer(model, loss, optimizer, device="cpu", seed=0, clip_norm=1.0, metrics=[]).plan(batch_size=4)
-        left = {n.name for n in plan.launches if not compiled(n)}
-        assert left == {"gemm"}, (activation, loss)
+def test_a_training_step_is_one_call(activation, optimizer, monkeypatch):
+    for products in (native.PRODUCTS, ()):  # NumPy's BLAS known, and not
+        monkeypatch.setattr(native, "PRODUCTS", products)
+        native.blas_product.cache_clear()
+        for loss, units, dropout in (("cross_entropy", 3, 0.2), ("mse", 1, 0.0), ("bce", 2, 0.0)):
+            model = gb.mlp([5, 8, units], activation, dropout=dropout)
+            trainer = gb.Trainer(model, loss, optimizer, device="cpu", seed=0, clip_norm=1.0, metrics=[])
+            plan = trainer.plan(batch_size=4)
+            left = {n.name for n in plan.launches if not compiled(n)}
+            assert left == (set() if native.blas_product(np.dtype("f")) else {"gemm"}), (activation, loss)
+            assert isinstance(plan.backend.sequence(plan.launches), Job) == (not left)
+    native.blas_product.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", host.DTYPES)
+@pytest.mark.parametrize("shape", [(32, 64, 48), (7, 65, 3), (1, 40, 9), (40, 1, 9), (40, 9, 1), (130, 300, 70)])
+def test_products_are_those_of_numpy(shape, dtype, rng):
+    """The same function of the same BLAS, bit for bit where NumPy takes gemm too."""
+    assert not REQUIRED or native.blas_product(np.dtype(dtype))
+    (m, k, n), back = shape, get_backend("cpu")
+    for first, second in itertools.product((False, True), repeat=2):
+        a = rng.normal(size=(k, m) if first else (m, k)).astype(dtype)
+        b = rng.normal(size=(n, k) if second else (k, n)).astype(dtype)
+        out = np.full((m, n), np.nan, dtype)
+        launch = back.gemm(a, b, out, transpose_a=first, transpose_b=second)
+        launch.run()
+        expected = (a.T if first else a) @ (b.T if second else b)
+        if 1 in shape:
+            np.testing.assert_allclose(out, expected, rtol=64 * np.finfo(dtype).eps, atol=64 * np.finfo(dtype).eps)
+        else:
+            np.testing.assert_array_equal(out, expected)
+        assert compiled(launch) == (native.blas_product(np.dtype(dtype)) is not None)
+
+
+def test_products_of_views_run_on_the_reference(rng):
+    """BLAS takes neither every second row nor every second column; a slice of the columns NumPy knows to hand over."""
+    a, b, back = rng.normal(size=(8, 12)), rng.normal(size=(6, 5)), get_backend("cpu")
+    for view in (a[:, ::2], a[::2, :6], a[:, :6], a[::-1, 6:]):
+        out = np.empty((len(view), 5))
+        back.gemm(view, b, out).run()
+        np.testing.assert_allclose(out, view @ b, rtol=1e-13, atol=1e-13)
 
 
 def test_loops_are_found_however_their_arrays_are_called():

@@ -19,7 +19,7 @@ from gpubackprop.backends.skeletons import filled, skeleton
 __all__ = ["DTYPES", "INSTRUCTION_SETS", "Loop", "digest", "loop", "loops", "unit"]
 
 DTYPES = ("float32", "float64")
-WRITTEN = ("normalize.cpp", "softmax_cross_entropy.cpp", "step.cpp")  # by hand, of kernels/host
+WRITTEN = ("gemm.cpp", "normalize.cpp", "softmax_cross_entropy.cpp", "step.cpp")  # by hand, of kernels/host
 
 # x86-64: name -> what the compiler is told beside the baseline; the best that the machine has is loaded
 INSTRUCTION_SETS = {

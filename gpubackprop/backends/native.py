@@ -10,6 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from gpubackprop.backends.numpy import Calls, NumpyBackend, calls_of
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally
 from gpubackprop.formulas import describe
 
-__all__ = ["Library", "NativeBackend", "available", "cores", "library", "why_not_native"]
+__all__ = ["Library", "NativeBackend", "available", "blas_product", "cores", "library", "why_not_native"]
 
 Array = npt.NDArray[Any]
 Call = Callable[[], object]
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps gpubackprop, or -e . in a checkout"
 NORMS = {1: "layer", 0: "batch"}
+LARGE_VECTOR = 2**19  # elements of a matrix whose product with a vector is faster by BLAS's gemv, which NumPy takes
 GRAIN, LEAST_ROWS = 16384, 64  # elements of a piece of work, as in host.h; rows that a column sum adds up at once
 
 
@@ -135,6 +137,23 @@ def cores() -> int:
     if (wish := os.environ.get("GPUBACKPROP_THREADS", "")).isdigit():
         return max(1, int(wish))
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+# ---- NumPy's BLAS ----------------------------------------------------------------------------------------------------
+
+PRODUCTS = ("scipy_cblas_{}gemm64_", "cblas_{}gemm64_", "cblas_{}gemm$NEWLAPACK$ILP64")  # with 64-bit integers
+
+
+@cache
+def blas_product(dtype: np.dtype[Any]) -> int | None:
+    """The address of the product of matrices that NumPy itself calls; None where its BLAS is not known by name."""
+    if dtype.name not in host.DTYPES:
+        return None
+    loaded = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # the libraries that it needs are searched too
+    for name in PRODUCTS:
+        with suppress(AttributeError):
+            return ctypes.cast(getattr(loaded, name.format("sd"[dtype.itemsize // 8])), ctypes.c_void_p).value
+    return None
 
 
 # ---- the step table ------------------------------------------------------------------------------------------------
@@ -248,6 +267,20 @@ class NativeBackend(NumpyBackend):
         kernel = self.library.kernel(loop.symbol, dtype)
         return None if kernel is None else (loop, kernel)
 
+    # ---- products
+
+    def _gemm(self, left: Array, right: Array, out: Array, accumulate: bool) -> list[Call]:
+        (m, k), n = left.shape[-2:], right.shape[-1]
+        transposed = _transposed(left), _transposed(right)
+        one_type = left.dtype == right.dtype == out.dtype and out.flags.c_contiguous
+        better_by_gemv = 1 in (m, n) and m * k * n > LARGE_VECTOR
+        blas = blas_product(out.dtype) if one_type and None not in transposed and not better_by_gemv else None
+        if blas is None or 0 in (*left.shape, n):
+            return super()._gemm(left, right, out, accumulate)
+        strides = (a.strides[0] // a.itemsize if a.ndim == 3 else 0 for a in (left, right))
+        job = blas, out, left, right, *transposed, *strides, math.prod(out.shape[:-2]), m, n, k, accumulate
+        return [Job.of(self.library.kernel("gemm", out.dtype), *job)]
+
     # ---- the training step
 
     def _feed(
@@ -328,6 +361,11 @@ class NativeBackend(NumpyBackend):
 def _plain(dtype: np.dtype[Any], *arrays: Array) -> bool:
     """Whether the arrays are of that type, C-contiguous, and the library has kernels for it."""
     return dtype.name in host.DTYPES and all(a.dtype == dtype and a.flags.c_contiguous for a in arrays)
+
+
+def _transposed(a: Array) -> bool | None:
+    """Whether a matrix lies in memory as its transpose, not as it is; None if as neither."""
+    return False if a.flags.c_contiguous else True if a.swapaxes(-1, -2).flags.c_contiguous else None
 
 
 def _broadcast(reads: Mapping[str, Array], shape: tuple[int, ...]) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:

@@ -253,11 +253,13 @@ class NumpyBackend:
         stacks = {s for s in (a.shape[:-2], b.shape[:-2]) if s}
         fits = right.shape[-2] == k and len(stacks) <= 1 and out.shape == (*next(iter(stacks), ()), m, n)
         expect("gemm", fits and out.ndim <= 3, f"{left.shape} @ {right.shape} into {out.shape}")
-        product = np.dot if out.ndim == 2 else np.matmul  # dot reaches BLAS half a microsecond sooner
         what = what or f"out {'+' * accumulate}= a{'ᵀ' * transpose_a} @ b{'ᵀ' * transpose_b}"
-        calls = rows.adding(partial(product, left, right), wide.write(out, accumulate), accumulate)
-        calls = wide.around([*rounding, *calls])
+        calls = wide.around([*rounding, *self._gemm(left, right, wide.write(out, accumulate), accumulate)])
         return _launch("gemm", what, {"a": a, "b": b}, {"out": out}, 2 * out.size * k, calls)
+
+    def _gemm(self, left: Array, right: Array, out: Array, accumulate: bool) -> list[Call]:
+        product = np.dot if out.ndim == 2 else np.matmul  # dot reaches BLAS half a microsecond sooner
+        return rows.adding(partial(product, left, right), out, accumulate)
 
     def copy(self, x: Array, out: Array, *, accumulate: bool = False) -> Launch:
         """out = x broadcast; see Backend."""
