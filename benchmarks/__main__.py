@@ -1,26 +1,24 @@
 """`python -m benchmarks`: the command line of the benchmark suite."""
 
 import difflib
-import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-import gpubackprop as gb
+from gpubackprop.backends import why_not_cuda
+from gpubackprop.roofline import GPUS
 
-from .cases import CASES
+from .breakeven import GRAPH_LAUNCH, LAUNCH, cells
+from .cases import chosen
 from .cuda import ARCHITECTURES, CompileError
 from .inventory import inventory
 from .ledger import PATH, Ledger, Measured, measured, value_for, violations
-from .measure import interleaved, median_and_spread
+from .plot import plot as pictures
+from .report import compared, duration, read, table, write
+from .rounds import Figures, contenders, disagreement, measure
 
 
 @click.group()
@@ -29,28 +27,107 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--case", "names", multiple=True, type=click.Choice(list(CASES)), help="A network; all by default.")
-@click.option("--activation", default="relu", show_default=True, help="Of the hidden layers.")
+@click.option("--case", "patterns", multiple=True, metavar="CASE", help="A case, a group of them, or a pattern with *.")
 @click.option(
-    "--repeats", default=7, show_default=True, type=click.IntRange(min=2), help="Rounds, after one to warm up."
+    "--backend",
+    "backends",
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    metavar="DEVICE",
+    help="cpu, cpu:reference, cuda, …; the first is what others are compared to.",
 )
-@click.option("--json", "path", type=click.Path(dir_okay=False), help="Write every figure to this file.")
-def run(names: tuple[str, ...], activation: str, repeats: int, path: str | None) -> None:
-    """Time a training step against its matrix products alone."""
-    figures = []
-    click.echo(
-        f"{'network (batch)':<32} {'step, ms':>10} {'products, ms':>13} {'ratio':>6} {'spread':>7} {'GFLOP/s':>8}"
-    )
-    for name in names or CASES:
-        case = CASES[name]
-        seconds = interleaved({"step": case.fit(activation=activation), "products": case.products()}, repeats)
-        (step, spread), (floor, _) = (median_and_spread([s / case.steps for s in seconds[k]]) for k in seconds)
-        figures.append({"case": name, "step": step, "products": floor, "ratio": step / floor, "spread": spread})
-        click.echo(f"{name:<32} {step * 1e3:10.3f} {floor * 1e3:13.3f} {step / floor:6.2f} {spread:7.1%} "
-                   f"{case.gemm_flops / step / 1e9:8.1f}")  # fmt: skip
-    if path:
-        about = circumstances() | {"activation": activation, "repeats": repeats, "cases": figures}
-        Path(path).write_text(json.dumps(about, indent=2) + "\n")
+@click.option(
+    "--peers",
+    default="torch,jax,sklearn,onnxruntime",
+    show_default=True,
+    metavar="NAMES",
+    help="Other libraries, as torch or torch:eager; none for this one alone.",
+)
+@click.option("--repeats", default=7, show_default=True, type=click.IntRange(min=2), help="Rounds.")
+@click.option("--smoke", is_flag=True, help="At tiny sizes: whether it runs, not how fast.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, writable=True), help="Write every figure to this file.")
+def run(
+    patterns: tuple[str, ...], backends: tuple[str, ...], peers: str, repeats: int, smoke: bool, path: str | None
+) -> None:
+    """Time cases on this library and on others, each in a process of its own, in turn.
+
+    What all compute is compared first. A case is one of the groups train, predict, update, kernel, import, shell and
+    scaling, or a name in them, as "train 784-128-10 (64)"; all but scaling if none is given.
+    """
+    try:
+        cases = chosen(patterns)
+        among = contenders([] if peers in ("", "none") else peers.split(","), backends)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    figures: list[Figures] = []
+    wrong: list[str] = []
+    try:
+        for case in cases:
+            found = measure(case, among, repeats, smoke=smoke)
+            figures += found
+            wrong += disagreement(case, found)
+            click.echo("\n".join([*table(found), ""]))
+    finally:  # Ctrl-C loses nothing that was measured
+        if path:
+            write(path, figures)
+    failed = [f"{f.case}: {f.contender} {f.absent}" for f in figures if f.absent.startswith("failed")]
+    if wrong or failed:
+        raise click.ClickException("\n".join([*wrong, *failed]))
+
+
+@main.command()
+@click.argument("paths", nargs=2, metavar="A.json B.json", type=click.Path(exists=True, dir_okay=False))
+def compare(paths: tuple[str, str]) -> None:
+    """Set the figures of two files beside each other: B over A, and whether that is more than their spreads."""
+    (about_a, a), (about_b, b) = map(_read, paths)
+    for key in ("machine", "python", "numpy", "commit"):
+        if about_a[key] != about_b[key]:
+            click.echo(f"{key}: {about_a[key]} and {about_b[key]}")
+    lines = list(compared(a, b))
+    if not lines:
+        raise click.ClickException("the files have no measured case in common")
+    click.echo("\n".join(lines))
+
+
+@main.command()
+@click.argument("path", metavar="FIGURES.json", type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", default="figures", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+def plot(path: str, out: Path) -> None:
+    """Draw the figures of a file: bars of ratios, and curves over batch, width, depth and samples (extra `plot`)."""
+    about, figures = _read(path)
+    try:
+        written = pictures(figures, about, out)
+    except ImportError as error:
+        raise click.ClickException(f"{error}; pip install matplotlib") from error
+    click.echo("\n".join(map(str, written)) or "nothing was measured")
+
+
+@main.command()
+@click.option("--gpu", type=click.Choice(list(GPUS)), help="Model this GPU. Without, the GPU of this machine is timed.")
+@click.option("--precision", default="float32", show_default=True, help="Of the GPU's products.")
+@click.option("--graph", is_flag=True, help="One CUDA graph a step.")
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds.")
+def breakeven(gpu: str | None, precision: str, graph: bool, repeats: int) -> None:
+    """From which width and batch a GPU pays, against this machine's CPU."""
+    if gpu:
+        cost = GRAPH_LAUNCH if graph else LAUNCH
+        click.echo(f"MODEL of one {GPUS[gpu].name}, not a measurement: published peaks, and {cost * 1e6:g} µs assumed "
+                   "for each launch. The CPU is measured.")  # fmt: skip
+    elif (reason := why_not_cuda()) is not None:
+        raise click.UsageError(f"no GPU here ({reason}); --gpu models one of {', '.join(GPUS)}")
+    click.echo(f"{'network':<20} {'batch':>6} {'CPU':>10} {'GPU':>10} {'GPU is':>8}")
+    for cell in cells(gpu, precision, repeats, graph):
+        network = "-".join([*[str(cell.width)] * 3, "10"])
+        gain = f"{cell.gain:.2g} ×" + " pays" * (cell.gain > 1)
+        click.echo(f"{network:<20} {cell.batch:>6} {duration(cell.cpu):>10} {duration(cell.gpu):>10} {gain:>8}")
+
+
+def _read(path: str) -> tuple[dict[str, Any], list[Figures]]:
+    try:
+        return read(path)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @main.command()
@@ -119,26 +196,6 @@ def _range(cell: str) -> str:
     values = dict.fromkeys(cell.split("|"))
     numbers = sorted(map(int, values)) if all(v.isdigit() for v in values) and len(values) > 1 else []
     return f"{numbers[0]}-{numbers[-1]}" if numbers else "|".join(values)
-
-
-def circumstances() -> dict[str, Any]:
-    """Where and with what the figures were taken: versions, commit, machine, BLAS and its threads (extra `bench`)."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    try:
-        from threadpoolctl import threadpool_info
-
-        blas = [{k: pool.get(k) for k in ("internal_api", "version", "num_threads")} for pool in threadpool_info()]
-    except ImportError:
-        blas = None
-    return {
-        "gpubackprop": gb.__version__, "commit": commit, "numpy": np.__version__, "python": platform.python_version(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "blas": blas,
-        "date": datetime.now(UTC).isoformat("T", "seconds"),
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

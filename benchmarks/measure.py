@@ -1,10 +1,27 @@
 """Medians of interleaved repeats: what is compared runs in turn, so that a slow minute slows all alike."""
 
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["interleaved"]
+__all__ = ["interleaved", "median_and_spread", "peak_memory", "timed"]
+
+
+def timed(call: Callable[[], object], device: str = "cpu") -> dict[str, float]:
+    """Seconds of one call; on a CUDA device, which it must leave idle, also the seconds between events around it."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        call()
+        return {"seconds": time.perf_counter() - start}
+    import cupy
+
+    first, last = (cupy.cuda.Event() for _ in range(2))
+    first.record()
+    seconds = timed(call)
+    last.record()
+    last.synchronize()
+    return seconds | {"device_seconds": cupy.cuda.get_elapsed_time(first, last) / 1e3}
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -12,14 +29,22 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], repeats: int) ->
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(repeats + 1):
         for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
+            taken = timed(call)["seconds"]
             if round_:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
     return seconds
 
 
-def median_and_spread(seconds: list[float]) -> tuple[float, float]:
+def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
     """Median, and half the distance between the quartiles over the median."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [*seconds] * 3
     return middle, (high - low) / 2 / middle
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

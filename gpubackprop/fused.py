@@ -17,8 +17,8 @@ from gpubackprop.shapes import reshape
 from gpubackprop.tensor import Tensor
 
 __all__ = [
-    "activation_row", "batch_norm", "bce_with_logits", "dense", "dropout", "elementwise_loss_step", "half_mse",
-    "layer_norm", "mse", "softmax_cross_entropy", "softmax_cross_entropy_step", "sse",
+    "activation_row", "batch_norm", "bce_with_logits", "dense", "dense_graph", "dropout", "elementwise_loss_step",
+    "half_mse", "layer_norm", "mse", "softmax_cross_entropy", "softmax_cross_entropy_step", "sse",
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def activation_row(activation: str) -> Activation:
 
 
 @cache
-def _dense_graph(row: Activation, bias: bool) -> Graph:
+def dense_graph(row: Activation, bias: bool) -> Graph:
     """y = f(x + b); the pre-activation is kept in x only if f' is written in it."""
     x = apply("+", name("x"), name("b")) if bias else name("x")
     return {"y": row.forward_graph(x)} | ({"x": x} if "x" in row.needs else {})
@@ -53,7 +53,7 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor
     pre = y = empty(back, x.shape[:-1] + w.shape[-1:], x.dtype)
     run(pre, lambda: back.gemm(x.data, w.data, pre, what="a = x @ w"))
     if bias is not None or row.name != "identity":
-        forward, reads = _dense_graph(row, bias is not None), {"x": pre}
+        forward, reads = dense_graph(row, bias is not None), {"x": pre}
         if bias is not None:
             reads["b"] = bias.data if w.ndim == 2 else bias.data.reshape(w.shape[0], 1, w.shape[2])
         y = empty(back, pre.shape, x.dtype) if "x" in forward else pre

@@ -9,7 +9,7 @@ from gpubackprop.backends.base import Launch
 from gpubackprop.formulas import LOSSES, RULES
 from gpubackprop.plan import Plan
 
-__all__ = ["FLOORS", "GPUS", "Gpu", "Traffic", "floor", "launches", "roofline", "traffic"]
+__all__ = ["FLOORS", "GPUS", "Gpu", "Traffic", "floor", "launches", "modelled", "roofline", "traffic"]
 
 
 # ---- floors --------------------------------------------------------------------------------------------------------
@@ -116,22 +116,27 @@ GPUS = {
 }
 
 
-def roofline(plan: Plan, gpu: Gpu, precision: str) -> str:
-    """The launches with the time that the peaks alone allow: the longer of moving their bytes and doing their flops."""
-    rows, total = [], 0.0
+def modelled(plan: Plan, gpu: Gpu, precision: str) -> list[tuple[Launch, float, str]]:
+    """Each launch with the seconds that the peaks alone allow, and what bounds it: its flops or its bytes."""
+    found = []
     for launch in plan.launches:
         arithmetic = launch.flops / gpu.rate(precision if launch.name == "gemm" else _arithmetic(launch.writes))
         memory = launch.bytes / (gpu.bandwidth * 1e9)
-        total += max(arithmetic, memory)
-        bound = "arithmetic" if arithmetic > memory else "memory"
-        rows.append(f"{launch.layer:<8}  {launch.name:<24}  {1e6 * max(arithmetic, memory):12.3f}  {bound}")
+        found.append((launch, max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"))
+    return found
+
+
+def roofline(plan: Plan, gpu: Gpu, precision: str) -> str:
+    """The launches with the time that the peaks alone allow: the longer of moving their bytes and doing their flops."""
+    found = modelled(plan, gpu, precision)
+    rows = [f"{n.layer:<8}  {n.name:<24}  {1e6 * seconds:12.3f}  {bound}" for n, seconds, bound in found]
     lacks = f" at the rate of float32, for want of {precision} units" if precision in gpu.lacks else ""
     return "\n".join([
         f"roofline MODEL of one {gpu.name}, not a measurement: by its published peaks, {gpu.bandwidth:,g} GB/s for "
         f"what each launch reads and writes, {gpu.rate(precision) / 1e12:,g} TFLOP/s in {precision} products{lacks}; "
         "the cost of launching is left out",
         f"{'layer':<8}  {'launch':<24}  {'model, µs':>12}  bound by", *rows,
-        f"{'':<8}  {'the step':<24}  {1e6 * total:12.3f}",
+        f"{'':<8}  {'the step':<24}  {1e6 * sum(seconds for _, seconds, _ in found):12.3f}",
     ])  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""Who computes the cases. One module a library, with a function for each group of cases it can do.
+
+A function takes the case and the variant of the peer, and returns what is timed and what is checked.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from ..cases import Case
+
+__all__ = ["PEERS", "Peer", "Prepared", "flat", "prepare", "repeated"]
+
+FEW = 64  # numbers of an array that are compared
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`run` is timed, and takes `units` units of the case; `check` gives numbers that every peer must give."""
+
+    run: Callable[[], object]
+    check: Callable[[], Any]
+    units: int = 1
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A library: the modules it takes, the groups of cases it can do, and its variants."""
+
+    name: str
+    modules: tuple[str, ...]
+    groups: tuple[str, ...]
+    variants: tuple[str, ...] = ("",)
+
+    @property
+    def missing(self) -> str:
+        """The command that installs what is not there; empty if all is."""
+        lacks = [PACKAGES.get(m, m) for m in self.modules if importlib.util.find_spec(m) is None]
+        return f"pip install {' '.join(lacks)}" if lacks else ""
+
+    @property
+    def versions(self) -> str:
+        """The modules with their versions."""
+        return ", ".join(f"{m} {import_module(m).__version__}" for m in self.modules)
+
+
+PACKAGES = {"sklearn": "scikit-learn"}  # modules whose package has another name
+_EVERYTHING = ("train", "scaling", "predict", "update", "kernel", "import", "shell")
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("gpubackprop", ("gpubackprop",), _EVERYTHING, ("cpu",)),
+        Peer("products", ("numpy",), ("train", "scaling", "predict"), ("cpu",)),
+        Peer("numpy", ("numpy",), ("update", "kernel", "import")),
+        Peer("torch", ("torch",), _EVERYTHING, ("eager", "compile")),
+        Peer("jax", ("jax",), ("train", "scaling", "predict", "update", "kernel", "import")),
+        Peer("sklearn", ("sklearn",), ("train", "predict", "import", "shell")),
+        Peer("onnxruntime", ("onnxruntime", "onnx"), ("predict", "import")),
+    )
+}
+
+
+def repeated(
+    call: Callable[[], object], times: int, check: Callable[[], Any], end: Callable[[], object] = lambda: None
+) -> Prepared:
+    """So many calls at a time; `end` waits for what the last one began."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+        end()
+
+    return Prepared(run, check, times)
+
+
+def flat(arrays: Iterable[Any]) -> list[float]:
+    """The first numbers of each array, and its mean."""
+    found = [np.asarray(a, np.float64).ravel() for a in arrays]
+    return [float(v) for a in found for v in (*a[:FEW], a.mean())]
+
+
+def prepare(peer: str, variant: str, case: Case) -> Prepared | None:
+    """What the peer does for the case; None if it cannot."""
+    group = {"scaling": "train", "import": "start"}.get(case.group, case.group)
+    function = getattr(import_module(f"{__name__}.{peer}"), group, None)
+    prepared: Prepared | None = function(case, variant) if function else None
+    return prepared

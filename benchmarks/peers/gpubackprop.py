@@ -1,0 +1,114 @@
+"""This library, on the device that the variant names."""
+
+from typing import Any
+
+import numpy as np
+
+import gpubackprop as gb
+from gpubackprop.arena import Arena, Parameter
+from gpubackprop.backends import get_backend
+from gpubackprop.formulas import ACTIVATIONS
+from gpubackprop.fused import dense_graph
+from gpubackprop.optimizers import SGD, Adam, Optimizer, State
+from gpubackprop.plan import Plan
+
+from ..cases import Import, Kernel, Network, Predict, Shell, Train, Update
+from . import Prepared, flat, repeated
+from .processes import script
+
+RULES: dict[str, Optimizer] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
+
+
+def _model(case: Network, activation: str) -> gb.Sequential:
+    model = gb.mlp(list(case.sizes), activation)
+    layers = enumerate(case.weights())
+    model.load_state_dict({f"{i}.{k}": a for i, pair in layers for k, a in zip(("weight", "bias"), pair, strict=True)})
+    return model
+
+
+def _trainer(case: Train, device: str) -> gb.Trainer:
+    loss = "cross_entropy" if case.classifies else "mse"
+    return gb.Trainer(_model(case, case.activation), loss, gb.Adam(), metrics=[], device=device, seed=0)
+
+
+def train(case: Train, device: str) -> Prepared:
+    trainer, (x, y) = _trainer(case, device), case.data()
+
+    def check() -> list[float]:
+        few = _trainer(case, device).fit(*case.data(4), 2, case.batch, shuffle=False, progress=False)
+        return few["loss"]
+
+    def run() -> None:
+        trainer.fit(x, y, epochs=case.epochs, batch_size=case.batch, progress=False)
+
+    return Prepared(run, check, case.steps * case.epochs)
+
+
+def predict(case: Predict, device: str) -> Prepared:
+    model, x = _model(case, "relu").to(device), case.x()
+    return Prepared(lambda: model.predict(x), lambda: flat([model.predict(x[:8])]))
+
+
+def update(case: Update, device: str) -> Prepared:
+    def made() -> tuple[Plan, Arena]:
+        backend, (p, g) = get_backend(device), case.arrays()
+        arena = Arena({"p": Parameter(p.shape)}, backend, "float32")
+        for buffer, value in ((arena.weights, p), (arena.gradients, g)):
+            backend.write(arena.slice(buffer, "p"), value)
+        state, plan = State(RULES[case.rule], arena), Plan(backend, dry=True)
+        table = backend.step_table(list(state.scalars), "float32", 1024)
+        table.load(np.stack(list(state.table_rows(1, 1024).values()), axis=1), np.zeros(1024, np.int64), 1)
+        with plan.record("update"):
+            state.record(table)
+        return plan, arena
+
+    def check() -> list[float]:
+        plan, arena = made()
+        for _ in range(3):
+            plan.replay()
+        return flat([arena.backend.to_numpy(arena.slice(arena.weights, "p"))])
+
+    plan, arena = made()
+    return repeated(plan.sequence(), case.calls, check, arena.backend.synchronize)
+
+
+def kernel(case: Kernel, device: str) -> Prepared:
+    back = get_backend(device)
+    a = {k: back.asarray(v) for k, v in case.arrays().items()}
+    x, dy, bias, labels = (a[k] for k in ("x", "dy", "bias", "labels"))
+    y, pre, row, total = (back.empty(shape, x.dtype) for shape in (x.shape, x.shape, bias.shape, ()))
+    outputs: list[Any] = [y]
+    if case.kernel == "relu_backward":
+        outputs = [y, row]
+        da = {"da": ACTIVATIONS["relu"].backward_graph()}
+        launch = back.elementwise_columns("relu backward", da, {"dy": dy, "y": x}, y, row)
+    elif case.kernel == "layer_norm":
+        statistics = (back.empty(labels.shape, x.dtype) for _ in range(3))
+        launch = back.normalize(x, a["gain"], bias, 1, 1e-5, y, *statistics)
+    elif case.kernel == "cross_entropy":
+        outputs = [total, y]
+        launch = back.softmax_cross_entropy(x, labels, y, total)
+    else:  # as in a layer, which keeps the pre-activation where the derivative needs it
+        graph = dense_graph(ACTIVATIONS[case.kernel], True)
+        writes = {k: v for k, v in {"y": y, "x": pre}.items() if k in graph}
+        launch = back.elementwise(case.kernel, graph, {"x": x, "b": bias}, writes)
+
+    def check() -> list[float]:
+        launch.run()
+        return flat(map(back.to_numpy, outputs))
+
+    return repeated(back.sequence([launch]), case.calls, check, back.synchronize)
+
+
+def start(case: Import, device: str) -> Prepared:
+    return script("import gpubackprop")
+
+
+def shell(case: Shell, device: str) -> Prepared:
+    return script(f"""
+import gpubackprop as gb
+x, y = gb.datasets.digits()
+trainer = gb.Trainer(gb.mlp({list(case.sizes)}), device={device!r}, seed=0)
+trainer.fit(x, y, epochs={case.epochs}, batch_size={case.batch}, progress=False)
+assert trainer.evaluate(x, y)["accuracy"] > 0.98
+""")

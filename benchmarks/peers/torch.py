@@ -1,0 +1,144 @@
+"""PyTorch on the CPU: eager with its fused optimizers, or through torch.compile."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..cases import Import, Kernel, Network, Predict, Shell, Train, Update
+from . import Prepared, flat, repeated
+from .processes import script
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+def _model(case: Network, activation: str) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for i, (w, b) in enumerate(case.weights()):
+        layer = nn.Linear(*w.shape)
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(w.T))
+            layer.bias.copy_(torch.from_numpy(b))
+        layers += [layer] if i == len(case.sizes) - 2 else [layer, ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers)
+
+
+def _epoch(case: Train, variant: str) -> Callable[[Any, Any, bool], float]:
+    """The mean loss over an epoch of steps on new weights."""
+    model, loss = _model(case, case.activation), nn.CrossEntropyLoss() if case.classifies else nn.MSELoss()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    forward = torch.compile(lambda x, y: loss(model(x), y)) if variant == "compile" else lambda x, y: loss(model(x), y)
+
+    def epoch(x: Any, y: Any, shuffle: bool) -> float:
+        order = torch.randperm(len(x)) if shuffle else torch.arange(len(x))
+        total = torch.zeros(())
+        for rows in order.split(case.batch):
+            optimizer.zero_grad()
+            value = forward(x[rows], y[rows])
+            value.backward()
+            optimizer.step()
+            total += value.detach()
+        return float(total) / (len(x) // case.batch)
+
+    return epoch
+
+
+def train(case: Train, variant: str) -> Prepared:
+    epoch, (x, y) = _epoch(case, variant), map(torch.from_numpy, case.data())
+
+    def check() -> list[float]:
+        (few_x, few_y), once = map(torch.from_numpy, case.data(4)), _epoch(case, variant)
+        return [once(few_x, few_y, False) for _ in range(2)]
+
+    def run() -> None:
+        for _ in range(case.epochs):
+            epoch(x, y, True)
+
+    return Prepared(run, check, case.steps * case.epochs)
+
+
+def predict(case: Predict, variant: str) -> Prepared:
+    model, x = _model(case, "relu").eval(), torch.from_numpy(case.x())
+    forward = torch.compile(model) if variant == "compile" else model
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return forward(x).numpy()
+
+    return Prepared(run, lambda: flat([run()[:8]]))
+
+
+def update(case: Update, variant: str) -> Prepared:
+    def made() -> tuple[Any, Any]:
+        p, g = map(torch.from_numpy, case.arrays())
+        p.grad = g
+        if case.rule == "adam":
+            return p, torch.optim.Adam([p], fused=True)
+        return p, torch.optim.SGD([p], lr=1e-2, momentum=0.9 if case.rule == "momentum" else 0, fused=True)
+
+    _, optimizer = made()
+    step = torch.compile(lambda: optimizer.step()) if variant == "compile" else optimizer.step
+
+    def check() -> list[float]:
+        p, few = made()
+        for _ in range(3):
+            few.step()
+        return flat([p])
+
+    return repeated(step, case.calls, check)
+
+
+def _cross_entropy(a: dict[str, Any]) -> tuple[Any, Any]:
+    x = a["x"].requires_grad_()
+    total = F.cross_entropy(x, a["labels"], reduction="sum")
+    return total.detach(), torch.autograd.grad(total, x)[0]
+
+
+def _relu_backward(a: dict[str, Any]) -> tuple[Any, Any]:
+    da = torch.where(a["x"] > 0, a["dy"], 0)
+    return da, da.sum(0)
+
+
+KERNELS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "relu": lambda a: [F.relu(a["x"] + a["bias"])],
+    "gelu": lambda a: [F.gelu(a["x"] + a["bias"])],
+    "tanh": lambda a: [torch.tanh(a["x"] + a["bias"])],
+    "relu_backward": _relu_backward,
+    "layer_norm": lambda a: [F.layer_norm(a["x"], a["gain"].shape, a["gain"], a["bias"])],
+    "cross_entropy": _cross_entropy,
+}
+
+
+def kernel(case: Kernel, variant: str) -> Prepared:
+    a, call = {k: torch.from_numpy(v) for k, v in case.arrays().items()}, KERNELS[case.kernel]
+    call = torch.compile(call) if variant == "compile" else call
+    return repeated(lambda: call(a), case.calls, lambda: flat(t.numpy() for t in call(a)))
+
+
+def start(case: Import, variant: str) -> Prepared | None:
+    return None if variant == "compile" else script("import torch")
+
+
+def shell(case: Shell, variant: str) -> Prepared | None:
+    if variant == "compile":
+        return None
+    layers = ", nn.ReLU(), ".join(f"nn.Linear({a}, {b})" for a, b in pairwise(case.sizes))
+    return script(f"""
+import gzip, importlib.util, pathlib
+import numpy as np, torch
+from torch import nn
+digits = np.load(pathlib.Path(importlib.util.find_spec("gpubackprop").origin).parent / "data/digits.npz")
+x, y = torch.from_numpy(digits["x"].astype("float32") / 16), torch.from_numpy(digits["y"].astype("int64"))
+torch.manual_seed(0)
+model = nn.Sequential({layers})
+optimizer, loss = torch.optim.Adam(model.parameters(), fused=True), nn.CrossEntropyLoss()
+for _ in range({case.epochs}):
+    for rows in torch.randperm(len(x)).split({case.batch}):
+        optimizer.zero_grad()
+        loss(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+assert (model(x).argmax(1) == y).float().mean() > 0.98
+""")

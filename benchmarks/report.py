@@ -1,0 +1,113 @@
+"""Figures as tables, and as a file with where and when they were taken."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import gpubackprop as gb
+
+from .rounds import Figures
+
+__all__ = ["circumstances", "compared", "duration", "read", "table", "write"]
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit: 26.4 µs."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            value = seconds * factor
+            return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(value, 1e-3)))))}f} {unit}"
+    raise AssertionError
+
+
+def table(found: Sequence[Figures]) -> Iterator[str]:
+    """A case's figures in columns: the time of a unit, how it compares, and how near it comes to what is possible."""
+    taken = [f for f in found if f.seconds]
+    if not taken:
+        yield f"{found[0].case}: nothing was measured" if found else "nothing"
+        return
+    base = taken[0]
+    floor = next((f for f in taken if f.contender.startswith("products")), None)
+    rows = [[found[0].case, f"a {base.unit}", "spread", f"× {base.contender}", *(["× products"] if floor else []),
+             *(["GFLOP/s"] if base.flops else []), *(["GB/s"] if base.bytes else []), "memory"]]  # fmt: skip
+    for f in taken:
+        row = [f.contender, duration(f.median), f"{f.spread:.1%}", f"{f.median / base.median:.2f}"]
+        row += [f"{f.median / floor.median:.2f}"] if floor else []
+        row += [f"{f.flops / f.median / 1e9:.1f}"] if f.flops else []
+        row += [f"{f.bytes / f.median / 1e9:.1f}"] if f.bytes else []
+        rows.append([*row, f"{f.memory / 1e6:.0f} MB"])
+    yield from _columns(rows)
+    yield from (f"{f.contender}: {f.absent}" for f in found if f.absent)
+
+
+def compared(before: Sequence[Figures], after: Sequence[Figures]) -> Iterator[str]:
+    """What both took, with the ratio of medians: "faster" or "slower" where it is more than both spreads together."""
+    old = {(f.case, f.contender): f for f in before if f.seconds}
+    rows = [["case", "contender", "A", "B", "B / A", ""]]
+    for new in after:
+        if not new.seconds or (was := old.get((new.case, new.contender))) is None:
+            continue
+        ratio = new.median / was.median
+        sure = abs(ratio - 1) > was.spread + new.spread
+        verdict = ("slower" if ratio > 1 else "faster") if sure else ""
+        rows.append([new.case, new.contender, duration(was.median), duration(new.median), f"{ratio:.2f}", verdict])
+    if len(rows) > 1:
+        yield from _columns(rows, left=2)
+
+
+def _columns(rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
+    """Columns as wide as they need, the first `left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(cells).rstrip()
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and with what figures are taken: versions, commit, machine, BLAS and its threads (extra `bench`)."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    try:
+        from threadpoolctl import threadpool_info
+
+        blas = [{k: pool.get(k) for k in ("internal_api", "version", "num_threads")} for pool in threadpool_info()]
+    except ImportError:
+        blas = None
+    return {
+        "gpubackprop": gb.__version__, "commit": commit, "numpy": np.__version__, "python": platform.python_version(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores", "blas": blas,
+        "date": datetime.now(UTC).isoformat("T", "seconds"),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write(path: str, found: Sequence[Figures]) -> None:
+    """All figures, in a file."""
+    records = [f.record() for f in found]
+    Path(path).write_text(json.dumps(circumstances() | {"figures": records}, indent=2) + "\n")
+
+
+def read(path: str) -> tuple[dict[str, Any], list[Figures]]:
+    """Circumstances and figures from such a file; ValueError if it is none."""
+    try:
+        about = json.loads(Path(path).read_text())
+        return about, [Figures.of(record) for record in about.pop("figures")]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not figures of `python -m benchmarks run --json`") from error

@@ -1,0 +1,174 @@
+"""A case taken by every contender in turn, each in a process of its own; what they computed is compared first."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .cases import Case
+from .measure import median_and_spread
+from .peers import PEERS, Peer
+
+__all__ = ["Contender", "Figures", "contenders", "disagreement", "measure"]
+
+PAUSE = 0.05  # seconds that a process's threads get to go to sleep before the next one is timed
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A peer, and which variant of it."""
+
+    peer: Peer
+    variant: str
+
+    def __str__(self) -> str:
+        return " ".join((self.peer.name, self.variant)).strip()
+
+
+def contenders(peers: Iterable[str], backends: Sequence[str]) -> list[Contender]:
+    """This library on each backend, the floors, and the named peers: `torch`, or `torch:eager` for one variant.
+
+    ValueError for a name that is none.
+    """
+    own = {"gpubackprop": tuple(backends), "products": tuple(backends[:1])}
+    found = [Contender(PEERS[name], variant) for name, variants in own.items() for variant in variants]
+    for wanted in ("numpy", *peers):
+        name, _, variant = wanted.partition(":")
+        if name in own or name not in PEERS or variant not in ("", *PEERS[name].variants):
+            known = [w for n, p in PEERS.items() if n not in own for w in (n, *(f"{n}:{v}" for v in p.variants if v))]
+            raise ValueError(f"no peer {wanted!r}; choose from {', '.join(known)}")
+        variants = [v for v in PEERS[name].variants if variant in ("", v)]
+        found += [c for v in variants if (c := Contender(PEERS[name], v)) not in found]
+    return found
+
+
+@dataclass
+class Figures:
+    """What a contender took for a case, in seconds for each of the case's units; why not, if it took nothing."""
+
+    case: str
+    group: str
+    unit: str
+    contender: str
+    flops: int
+    bytes: int
+    versions: str = ""
+    seconds: list[float] = field(default_factory=list)
+    device_seconds: list[float] = field(default_factory=list)  # between CUDA events
+    memory: int = 0  # growth of the process's peak since the import
+    check: list[float] = field(default_factory=list)
+    absent: str = ""
+
+    @property
+    def median(self) -> float:
+        """The middle of the rounds."""
+        return median_and_spread(self.seconds)[0]
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the quartiles, over the median."""
+        return median_and_spread(self.seconds)[1]
+
+    def record(self) -> dict[str, Any]:
+        """As it goes to a file."""
+        return asdict(self) | ({"median": self.median, "spread": self.spread} if self.seconds else {})
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "Figures":
+        """From such a record."""
+        return cls(**{k: v for k, v in record.items() if k not in ("median", "spread")})
+
+
+class _Process:
+    """The worker of a contender."""
+
+    def __init__(self, contender: Contender, case: Case, smoke: bool) -> None:
+        arguments = contender.peer.name, contender.variant, case.name, "smoke" if smoke else "full"
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed on exit
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.worker", *arguments], text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, cwd=Path(__file__).parent.parent
+            if __package__ == "benchmarks" else None,
+        )  # fmt: skip
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line; ChildProcessError with the process's last words if it has died."""
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self._process.wait()
+        self._said.seek(0)
+        words = self._said.read().strip().splitlines()
+        raise ChildProcessError(words[-1] if words else f"exit status {self._process.returncode}")
+
+    def measure(self) -> dict[str, Any]:
+        """One measurement."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        return self.answer()
+
+
+def measure(case: Case, among: Iterable[Contender], repeats: int, *, smoke: bool = False) -> list[Figures]:
+    """The figures of all contenders that can do the case, or why there are none; every round takes them in turn."""
+    found: list[Figures] = []
+    with ExitStack() as stack:
+        running: list[tuple[Figures, _Process, int]] = []
+        for contender in among:
+            if case.group not in contender.peer.groups:
+                continue
+            size = case.smoke() if smoke else case
+            figures = Figures(case.name, case.group, case.unit, str(contender), size.flops, size.bytes)
+            if contender.peer.missing:
+                figures.absent = f"not installed: {contender.peer.missing}"
+                found.append(figures)
+                continue
+            process = stack.enter_context(_Process(contender, case, smoke))
+            try:
+                first = process.answer()
+            except ChildProcessError as error:
+                figures.absent = f"failed: {error}"
+                found.append(figures)
+                continue
+            if "cannot" not in first:
+                figures.versions, figures.check = first["versions"], first["check"]
+                found.append(figures)
+                running.append((figures, process, first["units"]))
+        for _ in range(repeats):
+            for figures, process, units in running:
+                time.sleep(PAUSE)
+                answer = process.measure()
+                figures.memory = answer["memory"]
+                figures.seconds.append(answer["seconds"] / units)
+                if "device_seconds" in answer:
+                    figures.device_seconds.append(answer["device_seconds"] / units)
+    return found
+
+
+def disagreement(case: Case, found: Sequence[Figures]) -> Iterator[str]:
+    """Whose numbers are not those of the first that has some, by the case's tolerance."""
+    checked = [f for f in found if f.check]
+    for other in checked[1:]:
+        first = checked[0]
+        a, b = np.array(first.check), np.array(other.check)
+        if a.shape != b.shape or not np.allclose(a, b, rtol=0, atol=case.rtol * np.abs(a).max()):
+            worst = f"{np.abs(a - b).max():.3g}" if a.shape == b.shape else f"{a.shape} against {b.shape}"
+            yield f"{case.name}: {other.contender} does not compute what {first.contender} does (apart by {worst})"

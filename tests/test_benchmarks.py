@@ -1,0 +1,208 @@
+"""The benchmark suite at tiny sizes: it runs, its contenders compute the same, and what it prints and stores holds."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.__main__ import main
+from benchmarks.breakeven import cells
+from benchmarks.cases import CASES, GROUPS, Case, chosen
+from benchmarks.measure import median_and_spread
+from benchmarks.peers import PEERS, Prepared, prepare
+from benchmarks.report import compared, duration, read, table, write
+from benchmarks.rounds import Contender, Figures, contenders, disagreement, measure
+
+TRAIN = "train 64-64-64-10 (32)"
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, arguments)
+
+
+def figures(contender="gpubackprop cpu", seconds=(1.0, 1.0, 1.0), case=TRAIN, **more):
+    found = CASES[case]
+    return Figures(case, found.group, found.unit, contender, found.flops, found.bytes, seconds=list(seconds), **more)
+
+
+# ---- cases and peers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in CASES.values() if c.group != "shell"], ids=lambda c: c.name)
+def test_what_contenders_compute_agrees(case):
+    """In this process, with those that need nothing beside this library: on both CPU backends, and by hand."""
+    small, found = case.smoke(), []
+    for peer, variant in (("gpubackprop", "cpu"), ("gpubackprop", "cpu:reference"), ("products", "cpu"), ("numpy", "")):
+        if case.group in PEERS[peer].groups and (prepared := prepare(peer, variant, small)) is not None:
+            prepared.run()
+            assert prepared.units >= 1
+            found.append(
+                Figures(
+                    case.name, case.group, case.unit, str(Contender(PEERS[peer], variant)), 0, 0, check=prepared.check()
+                )
+            )
+    assert len([f for f in found if f.check]) >= 2 or case.group == "import"
+    assert list(disagreement(case, found)) == []
+
+
+@pytest.mark.parametrize("peer", ["torch:eager", "jax", "sklearn", "onnxruntime"])
+def test_peers_compute_the_same(peer):
+    """In processes of their own, those that are installed; the others are named with what installs them."""
+    among = contenders([peer], ["cpu"])
+    for case in (TRAIN, "predict 64-128-10 (1,797 rows)", "update adam (10,000)", "kernel layer_norm (128×512)"):
+        found = measure(CASES[case], among, 1, smoke=True)
+        assert [f for f in found if f.absent and not f.absent.startswith("not installed: pip install")] == []
+        assert list(disagreement(CASES[case], found)) == []
+
+
+def test_work_is_counted():
+    case = CASES["train 784-512-512-10 (128)"]
+    products = [(784, 512, 2), (512, 512, 3), (512, 10, 3)]
+    assert case.flops == sum(2 * 128 * a * b * n for a, b, n in products)
+    assert CASES["update adam (10,000)"].bytes == 10_000 * 4 * 7
+    assert CASES["update sgd (10,000)"].bytes == 10_000 * 4 * 3
+    assert CASES["kernel relu (128×512)"].bytes == 128 * 512 * 4 * 2
+
+
+def test_cases_are_chosen_by_name_group_and_pattern():
+    assert chosen([TRAIN]) == [CASES[TRAIN]]
+    assert {c.group for c in chosen(["update", "import"])} == {"update", "import"}
+    assert chosen(["*gelu*"]) == [c for n, c in CASES.items() if "gelu" in n]
+    assert {c.group for c in chosen([])} == {*GROUPS} - {"scaling"}
+    with pytest.raises(ValueError, match="no case 'trian'; choose from train, predict"):
+        chosen(["trian"])
+
+
+def test_contenders_are_chosen_by_name_and_variant():
+    names = [str(c) for c in contenders(["torch:compile", "jax"], ["cpu:reference", "cpu"])]
+    own = ["gpubackprop cpu:reference", "gpubackprop cpu", "products cpu:reference"]
+    assert names == [*own, "numpy", "torch compile", "jax"]
+    for wrong in ("torhc", "torch:jit", "gpubackprop"):
+        with pytest.raises(ValueError, match=f"no peer '{wrong}'; choose from numpy, torch, torch:eager"):
+            contenders([wrong], ["cpu"])
+
+
+# ---- rounds --------------------------------------------------------------------------------------------------------
+
+
+def test_a_contender_that_computes_something_else_is_named():
+    a, b = figures(check=[1.0, 2.0]), figures("torch eager", check=[1.0, 2.01])
+    assert list(disagreement(CASES[TRAIN], [a, b])) == [
+        f"{TRAIN}: torch eager does not compute what gpubackprop cpu does (apart by 0.01)"
+    ]
+    b.check = [1.0, 2.0005]
+    assert list(disagreement(CASES[TRAIN], [a, b])) == []
+    b.check = [1.0]
+    assert len(list(disagreement(CASES[TRAIN], [a, b]))) == 1
+
+
+def test_what_is_missing_and_what_fails_is_said(monkeypatch):
+    absent = PEERS["jax"].__class__("jax", ("no_such_module",), ("train",))
+    monkeypatch.setitem(PEERS, "jax", absent)
+    found = measure(CASES[TRAIN], contenders(["jax"], ["cpu", "cuda:7"]), 1, smoke=True)
+    said = {f.contender: f.absent for f in found}
+    assert said["jax"] == "not installed: pip install no_such_module"
+    assert said["gpubackprop cuda:7"].startswith("failed: RuntimeError: device 'cuda:7'")
+    assert said["gpubackprop cpu"] == said["products cpu"] == ""
+    assert [len(f.seconds) for f in found if not f.absent] == [1, 1]
+    assert "jax: not installed: pip install no_such_module" in table(found)
+
+
+def test_a_process_that_fails_is_an_error(monkeypatch):
+    from benchmarks.peers.processes import script
+
+    with pytest.raises(RuntimeError, match="AssertionError: 98"):
+        script("assert False, 98").run()
+    assert isinstance(script("pass"), Prepared)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_run_writes_what_compare_and_plot_read(tmp_path):
+    path = str(tmp_path / "a.json")
+    chosen_ = ("--case", TRAIN, "--case", "scaling depth *", "--peers", "none")
+    done = command("run", "--smoke", "--repeats", "2", "--json", path, *chosen_)
+    assert done.exit_code == 0, done.output
+    assert "products cpu" in done.output and "GFLOP/s" in done.output
+    about, found = read(path)
+    assert {"machine", "commit", "numpy", "date"} <= set(about)
+    assert all(len(f.seconds) == 2 for f in found)
+    assert json.loads((tmp_path / "a.json").read_text())["figures"][0]["median"] == found[0].median
+    done = command("compare", path, path)
+    assert done.exit_code == 0 and TRAIN in done.output and "1.00" in done.output
+    assert "faster" not in done.output and "slower" not in done.output
+    pytest.importorskip("matplotlib")
+    done = command("plot", path, "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"train.svg", "scaling-depth.svg"}
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
+    import benchmarks.__main__ as module
+
+    calls = []
+
+    def interrupted(case: Case, *rest, **more):
+        calls.append(case)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return [figures()]
+
+    monkeypatch.setattr(module, "measure", interrupted)
+    done = command("run", "--json", str(tmp_path / "a.json"))
+    assert done.exit_code == 1
+    assert [f.case for f in read(str(tmp_path / "a.json"))[1]] == [TRAIN]
+
+
+def test_errors_of_the_command_line(tmp_path):
+    assert "no case 'x'" in command("run", "--case", "x").output
+    assert "no peer 'x'" in command("run", "--peers", "x").output
+    (tmp_path / "bad.json").write_text("{}")
+    done = command("compare", str(tmp_path / "bad.json"), str(tmp_path / "bad.json"))
+    assert done.exit_code == 1 and "not figures of" in done.output
+    write(str(tmp_path / "a.json"), [figures()])
+    write(str(tmp_path / "b.json"), [figures("numpy")])
+    assert "no measured case in common" in command("compare", *(str(tmp_path / f"{n}.json") for n in "ab")).output
+
+
+# ---- reports -------------------------------------------------------------------------------------------------------
+
+
+def test_comparisons_are_sure_beyond_both_spreads():
+    steady, noisy = [1.0, 1.01, 0.99, 1.0], [0.5, 1.5, 1.0, 1.0]
+    slower = [1.2 * s for s in steady]
+    [_, line] = compared([figures(seconds=steady)], [figures(seconds=slower)])
+    assert line.endswith("1.20  slower")
+    [_, line] = compared([figures(seconds=slower)], [figures(seconds=steady)])
+    assert line.endswith("0.83  faster")
+    [_, line] = compared([figures(seconds=noisy)], [figures(seconds=slower)])
+    assert line.endswith("1.20")
+
+
+def test_a_table_has_ratios_to_the_first_and_to_the_floor():
+    found = [figures(seconds=[2e-3] * 3), figures("products cpu", [1e-3] * 3), figures("torch eager", [8e-3] * 3)]
+    lines = [line.split() for line in table(found)]
+    assert lines[1][:7] == ["gpubackprop", "cpu", "2.00", "ms", "0.0%", "1.00", "2.00"]
+    assert lines[3][:7] == ["torch", "eager", "8.00", "ms", "0.0%", "4.00", "8.00"]
+    assert float(lines[1][7]) == pytest.approx(CASES[TRAIN].flops / 2e-3 / 1e9, abs=0.1)
+
+
+def test_durations_have_three_digits():
+    assert [duration(s) for s in (2.5, 0.0264, 26.4e-6, 0.264e-6, 123e-6)] == [
+        "2.50 s", "26.4 ms", "26.4 µs", "0.264 µs", "123 µs",
+    ]  # fmt: skip
+
+
+def test_median_and_spread():
+    assert median_and_spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, pytest.approx(0.5))
+    assert median_and_spread([2.0]) == (2.0, 0.0)
+
+
+def test_breakeven_says_that_it_is_a_model():
+    [small, large] = cells("h100", "float32", 2, True, widths=(8, 64), batches=(16,))
+    assert 0 < small.cpu < large.cpu and 17e-6 < small.gpu < large.gpu
+    done = command("breakeven")
+    assert done.exit_code == 2 and "no GPU here" in done.output and "--gpu models one of t4" in done.output
+    assert np.isfinite(small.gain)
