@@ -37,7 +37,7 @@ def bind(back, **changes):
 
 def test_a_typed_launch(device):
     call, arguments = bind(device)
-    call(device.driver.current())
+    call()
     assert (device.to_numpy(arguments["y"]) == 2).all()
 
 
@@ -185,7 +185,7 @@ def test_arguments_have_the_types_of_the_ptx(device):
             Violation, match=r"relu_forward: arguments \[8, 8, 8, .*\] for the parameters \[8, 8, 8, 8, 8, 8\] of"
         ):
             device.synchronize()
-    call(driver.current())
+    call()
 
 
 @pytest.mark.parametrize("change, message", [

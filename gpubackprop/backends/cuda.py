@@ -29,7 +29,7 @@ from gpubackprop.backends.base import (
     workspace,
 )  # fmt: skip
 from gpubackprop.backends.cuda_state import CudaStaging, CudaStepTable, CudaTally, Lent, Streams
-from gpubackprop.backends.driver import Call, Driver, Gemm, Stream
+from gpubackprop.backends.driver import Driver, Gemm
 from gpubackprop.backends.geometry import (
     Geometry,
     broadcast_geometry,
@@ -125,7 +125,7 @@ class CudaBackend:
 
     def sequence(self, launches: Sequence[Launch]) -> Bound:
         """One call that runs the launches in order, unrolled into one flat list."""
-        return Bound(self.driver, [call for launch in launches for call in _bound(launch).calls], launches)
+        return Bound.of(self.driver, [_bound(launch) for launch in launches])
 
     def capture(self, launches: Sequence[Launch]) -> Callable[[], object]:
         """One call that runs the launches as one graph, between what the current stream has and will be given."""
@@ -167,7 +167,7 @@ class CudaBackend:
             call = self._broadcast(label, formula, shape)
         return self._launch(label, what, reads, writes, flops_of(graph, shape), [call])
 
-    def _map(self, label: str, formula: Formula, shape: tuple[int, ...], per_column: tuple[str, ...]) -> Call:
+    def _map(self, label: str, formula: Formula, shape: tuple[int, ...], per_column: tuple[str, ...]) -> Bound:
         members = max((math.prod(formula.arrays[k].shape[:-1]) for k in per_column), default=1)
         columns = shape[-1] if per_column else math.prod(shape)
         rows = math.prod(shape) // (members * columns)
@@ -175,7 +175,7 @@ class CudaBackend:
         place = elementwise_geometry(rows, columns, members, formula.lanes)
         return self._formula_kernel(source, kernel, formula, place, rows=rows, columns=columns, members=members)
 
-    def _broadcast(self, label: str, formula: Formula, shape: tuple[int, ...]) -> Call:
+    def _broadcast(self, label: str, formula: Formula, shape: tuple[int, ...]) -> Bound:
         source, kernel = formula.source("Broadcast", label)
         sizes, strides = collapse(
             shape, [_contiguous(shape), *(steps_of(formula.arrays[k], shape) for k in formula.reads)]
@@ -256,7 +256,7 @@ class CudaBackend:
 
     def _formula_kernel(
         self, source: str, kernel: str, formula: Formula, place: Geometry, strided: Sequence[str] = (), **more: Any
-    ) -> Call:
+    ) -> Bound:
         return self._kernel(
             source, kernel, {"T": formula.dtype}, place, formula.arrays | formula.places | more, strided
         )
@@ -284,7 +284,7 @@ class CudaBackend:
         )
         what = what or f"out {'+' * accumulate}= a{'ᵀ' * transpose_a} @ b{'ᵀ' * transpose_b}"
         with self.driver.scope():
-            call = self.driver.gemm(arguments)
+            call = Bound(self.driver, [self.driver.gemm(arguments)], (a, b, out))
         return self._launch("gemm", what, {"a": a, "b": b}, {"out": out}, 2 * out.size * k, [call])
 
     def copy(self, x: Buffer, out: Buffer, *, accumulate: bool = False) -> Launch:
@@ -329,7 +329,7 @@ class CudaBackend:
             source = to
         return self._launch(kind, f"{kind} over axes {axes}", {"x": x}, {"out": out}, x.size, calls)
 
-    def _reduction(self, kind: str, x: Buffer, lengths: tuple[int, int, int], out: Buffer, accumulate: bool) -> Call:
+    def _reduction(self, kind: str, x: Buffer, lengths: tuple[int, int, int], out: Buffer, accumulate: bool) -> Bound:
         types = {"T": _float(x, out), "S": x.dtype, "O": out.dtype}
         source = cpp.file_unit("reduce.cu", types["T"].name, SOURCE=x.dtype.name, OUTPUT=out.dtype.name)
         outer, length, inner = lengths
@@ -486,22 +486,23 @@ class CudaBackend:
     # ---- binding
 
     def _launch(
-        self, label: str, what: str, reads: Buffers, writes: Buffers, flops: int, calls: Sequence[Call]
+        self, label: str, what: str, reads: Buffers, writes: Buffers, flops: int, calls: Sequence[Bound]
     ) -> Launch:
-        buffers = tuple(reads.values()), tuple(writes.values())
-        return Launch(label, what, *buffers, flops, Bound(self.driver, calls, buffers))
+        return Launch(label, what, tuple(reads.values()), tuple(writes.values()), flops, Bound.of(self.driver, calls))
 
-    def _file_kernel(self, file: str, kernel: str, like: Buffer, shape: Geometry, arguments: Mapping[str, Any]) -> Call:
+    def _file_kernel(
+        self, file: str, kernel: str, like: Buffer, shape: Geometry, arguments: Mapping[str, Any]
+    ) -> Bound:
         """A hand-written kernel whose one type is that of `like`."""
         return self._kernel(cpp.file_unit(file, like.dtype.name), kernel, {"T": like.dtype}, shape, arguments)
 
     def _kernel(
         self, source: str, kernel: str, types: Mapping[str, Any], shape: Geometry, arguments: Mapping[str, Any],
         strided: Sequence[str] = (),
-    ) -> Call:  # fmt: skip
+    ) -> Bound:  # fmt: skip
         """A kernel with the scratch that its geometry asks for; of nothing, no launch."""
         if 0 in shape.grid:
-            return _nothing
+            return Bound.of(self.driver, [])
         wanted = {key for _, key in cpp.signature(source, kernel)}
         scratch: dict[str, Buffer] = {}
         if "partials" in wanted:
@@ -556,10 +557,6 @@ def _copy_layout(shape: Sequence[int], out: Sequence[int], x: Sequence[int]) -> 
     if len(shape) > 8:
         raise ValueError(f"copy: {len(shape)} dimensions that do not collapse, of at most 8; copy in parts")
     return [len(shape), *(n for part in (shape, out, x) for n in (*part, *[0] * (8 - len(shape))))]
-
-
-def _nothing(stream: Stream) -> None:
-    """The launch of a kernel over empty arrays."""
 
 
 def _contiguous(shape: Sequence[int]) -> list[int]:

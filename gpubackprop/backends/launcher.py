@@ -1,12 +1,12 @@
 """The typed launcher: a kernel's arguments, bound by name, checked once against its signature."""
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from gpubackprop.backends.base import Buffer, arithmetic
+from gpubackprop.backends.base import arithmetic
 from gpubackprop.backends.cpp import signature
 from gpubackprop.backends.driver import Call, Driver, Stream
 
@@ -23,10 +23,15 @@ class Bound:
 
     __slots__ = ("calls", "driver", "kept")
 
-    def __init__(self, driver: Driver, calls: Sequence[Call], kept: Sequence[Any] = ()) -> None:
+    def __init__(self, driver: Driver, calls: Iterable[Call], kept: Iterable[Any]) -> None:
         self.driver = driver
         self.calls = tuple(calls)
-        self.kept = tuple(kept)  # buffers that the calls know by their addresses alone
+        self.kept = tuple(kept)  # what the calls work with: buffers they know by their addresses alone
+
+    @classmethod
+    def of(cls, driver: Driver, parts: Sequence["Bound"]) -> "Bound":
+        """What the parts do, in order."""
+        return cls(driver, (call for part in parts for call in part.calls), parts)
 
     def __call__(self) -> None:
         with self.driver.scope():
@@ -36,14 +41,6 @@ class Bound:
         """Run on this stream, the device being the current one."""
         for call in self.calls:
             call(stream)
-
-
-class Pointer(ctypes.c_void_p):
-    """The address of a buffer, which lives as long as the launch that knows it by that alone."""
-
-    def __init__(self, address: int, buffer: Buffer) -> None:
-        super().__init__(address)
-        self.buffer = buffer
 
 
 class Launcher:
@@ -56,7 +53,7 @@ class Launcher:
     def bind(
         self, source: str, name: str, types: Mapping[str, Any], grid: tuple[int, int, int],
         block: tuple[int, int, int], arguments: Mapping[str, Any], strided: Sequence[str] = (),
-    ) -> Call:  # fmt: skip
+    ) -> Bound:  # fmt: skip
         """The launch of a kernel with its arguments by name: buffers, None for an absent one, numbers, layouts.
 
         `types` gives the dtype of T, S, O and Y where the source has them. A buffer must have its parameter's dtype, be
@@ -71,7 +68,8 @@ class Launcher:
             self._argument(f"kernel {name}: {key}", kind, arguments[key], known, key in strided)
             for kind, key in parameters
         ]
-        return self.driver.launch(self._function(source, name), grid, block, packed)
+        call = self.driver.launch(self._function(source, name), grid, block, packed)
+        return Bound(self.driver, [call], arguments.values())
 
     def _function(self, source: str, name: str) -> Any:
         if (source, name) not in self._functions:
@@ -93,7 +91,7 @@ class Launcher:
         address = self.driver.address(value)
         if address % wanted.itemsize:
             raise ValueError(f"{where} lies at {address:#x}, off the boundary of its {wanted.itemsize}-byte elements")
-        return Pointer(address, value)
+        return ctypes.c_void_p(address)
 
 
 def _number(where: str, kind: str, value: Any, types: Mapping[str, Any]) -> Any:
