@@ -1,19 +1,21 @@
 """The plan: launches kept while they run, to be replayed, printed, added up and timed."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, setting, use_workspace
+from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, is_on_device, setting, use_workspace
 
-__all__ = ["Plan", "current_layer", "empty", "recording", "release", "run", "within"]
+__all__ = ["Plan", "current_layer", "empty", "held", "recording", "release", "run", "within"]
 
 _current: ContextVar["Plan | None"] = ContextVar("plan", default=None)
 _layer: ContextVar[str] = ContextVar("layer", default="")
@@ -149,9 +151,13 @@ class Plan:
 
     @property
     def bytes_resident(self) -> int:
-        """Bytes of the distinct buffers that the launches hold, and of their workspace."""
-        owners = {id(o): o for launch in self.launches for b in (*launch.reads, *launch.writes) for o in [_owner(b)]}
-        return sum(int(o.nbytes) for o in (*owners.values(), *self.space.scratch.values()))
+        """Bytes of the buffers that live as long as the plan: each allocation once, whole, and as it was asked for.
+
+        They are what launches read and write, others' too (weights, the data that a feed gathers from, the step table),
+        and the launches' scratch and arguments, with the workspace. No buffers of a plan's are what CUDA keeps for
+        kernels and graphs, and cuBLAS's scratch, which is a thread's.
+        """
+        return sum(int(b.nbytes) for b in held(self.sections, self._pool, self._ready, *self.space.scratch.values()))
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("", "layer", "launch", "computes", "reads", "writes", "flops", "bytes")]
@@ -181,10 +187,35 @@ class Plan:
         return [(launch, sorted(seen)[repeats // 2]) for launch, seen in zip(self.launches, times, strict=True)]
 
 
+def held(*roots: object) -> list[Buffer]:
+    """The buffers that the roots keep alive, each once, as the allocations that they are parts of.
+
+    A launch keeps alive what it works with, wherever it has it: in a partial, a closure, an object, or in `kept`, which
+    stands for all that an object has.
+    """
+    todo, seen, found = list(roots), dict[int, object](), dict[int, Buffer]()
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type | ModuleType):
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, np.ndarray) or is_on_device(thing):
+            owner = _owner(thing)
+            found[id(owner)] = owner
+        elif hasattr(thing, "kept"):
+            todo.append(thing.kept)
+        elif isinstance(thing, FunctionType):
+            todo += thing.__closure__, thing.__defaults__, thing.__kwdefaults__  # not the module's globals
+        else:
+            todo += gc.get_referents(thing)
+    return list(found.values())
+
+
 def _owner(buffer: Buffer) -> Buffer:
-    while getattr(buffer, "base", None) is not None:
-        buffer = buffer.base
-    return buffer
+    owner = base = buffer
+    while (base := getattr(base, "base", None)) is not None:  # at the end may stand a file's or another library's
+        owner = base if hasattr(base, "nbytes") else owner
+    return owner
 
 
 def _shapes(buffers: tuple[Buffer, ...]) -> str:

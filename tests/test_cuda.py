@@ -12,8 +12,11 @@ import gpubackprop as gb
 from gpubackprop import backends
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
+from gpubackprop.backends.base import Workspace, use_workspace
 from gpubackprop.backends.cuda import CudaBackend
+from gpubackprop.backprop import backward
 from gpubackprop.optimizers import State
+from gpubackprop.plan import Plan
 from gpubackprop.step import SECTIONS
 
 X, Y = (a[:320] for a in gb.datasets.digits())
@@ -353,6 +356,38 @@ def test_the_plan_is_that_of_a_device(cuda):
         return [(launch.name, launch.what, launch.bytes, launch.flops) for launch in plan.launches], plan.bytes_resident
 
     assert planned("cuda") == planned("cuda:plan")
+
+
+@pytest.mark.parametrize("make, how", [
+    (net, {}), (normalized, {"clip_norm": 1.0}), (net, {"precision": "bfloat16", "optimizer": gb.AdamW(lr=1e-3)}),
+])  # fmt: skip
+@pytest.mark.parametrize("dry", [True, False])
+def test_bytes_resident_is_what_lives_as_long_as_the_plan(make, how, dry, cuda):
+    """All else is let go of: model, trainer, data. What the device has still allocated is what the plan says."""
+
+    def planned():
+        if dry:
+            return gb.Trainer(make(), device="cuda", seed=3, **how).plan(100)
+        (step,) = trained("cuda", make, data=(X[:300], Y[:300]), **how)._steps.values()
+        return step.plan
+
+    with use_workspace(Workspace()):
+        plan = planned()
+    gc.collect()
+    free, total = cuda.memory()
+    assert plan.bytes_resident == total - free > 0
+    plan.replay()
+
+
+def test_bytes_resident_has_what_reductions_and_scatters_make(cuda):
+    x = on(cuda, np.ones((3, 5, 7)))
+    plan = Plan(cuda, dry=True)
+    with plan.record("gradient"):
+        backward(x[:, [0, 2, 2]].sum((0, 2)).mean(), cuda.asarray(np.ones(())))
+    del x
+    gc.collect()
+    free, total = cuda.memory()
+    assert plan.bytes_resident == total - free > 0
 
 
 # ---- graphs, streams, devices --------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ Graph = Mapping[str, Expr]  # what an elementwise launch assigns: output name ->
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One bound call: everything was checked when it was made, `run()` takes no arguments and checks nothing."""
+    """One bound call: everything was checked when it was made, `run()` takes no arguments and checks nothing.
+
+    `run` keeps alive all that it works with. What it knows by address alone stands in its `kept`.
+    """
 
     name: str
     what: str  # the equation it computes, for people
