@@ -131,6 +131,11 @@ class Predict(Network):
     def flops(self) -> int:
         return sum(2 * self.rows * a * b for a, b in pairwise(self.sizes))
 
+    @property
+    def calls(self) -> int:
+        """How many calls one measurement takes."""
+        return min(1000, max(1, 10**10 // self.flops))
+
     def x(self) -> Array:
         """The rows."""
         return np.random.default_rng(0).standard_normal((self.rows, self.sizes[0]), np.float32)

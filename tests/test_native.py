@@ -262,31 +262,56 @@ def test_without_the_library_numpy_serves_unless_it_is_required(monkeypatch, cap
         native.library.cache_clear()
 
 
+def pool_program(folder, text, *options):
+    """A program over the pool, compiled and run; quick_exit, because its threads never end."""
+    source, program = folder / "main.cpp", folder / "main"
+    head = '#define DIGEST ""\n#include "pool.cpp"\n#include <cstdlib>\n'
+    source.write_text(f"{head}int main() {{\n{text}\nquick_exit(0);\n}}\n")
+    options = ["-std=c++17", "-O1", "-g", "-pthread", f"-I{host.sources() / 'host'}", *options]
+    subprocess.run(["g++", *options, str(source), "-o", str(program)], check=True)
+    return subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_pool_has_no_race(tmp_path):
     """Under ThreadSanitizer, with callers from several threads."""
-    main = tmp_path / "main.cpp"
-    main.write_text(
-        '#define DIGEST ""\n#include "pool.cpp"\n#include <cstdlib>\n#include <vector>\n'
-        "int main() {\n"
-        "    gpubackprop_use_cores(4);\n"
-        "    std::vector<std::thread> callers;\n"
-        "    for (int caller = 0; caller < 3; ++caller) callers.emplace_back([] {\n"
-        "        for (int round = 0; round < 200; ++round) {\n"
-        "            std::vector<int> hits(1 + round % 70);\n"
-        "            gpubackprop::each((long long)hits.size(), true, [&](long long i) { hits[size_t(i)] += 1; });\n"
-        "            for (int hit : hits) if (hit != 1) abort();\n"
-        "        }\n"
-        "    });\n"
-        "    for (auto& caller : callers) caller.join();\n"
-        "    quick_exit(0);\n"
-        "}\n"
-    )
-    program = tmp_path / "main"
-    folder = host.sources() / "host"
-    options = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{folder}"]
-    subprocess.run(["g++", *options, str(main), "-o", str(program)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
+    text = """
+    gpubackprop_use_cores(4);
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; ++caller) callers.emplace_back([] {
+        for (int round = 0; round < 200; ++round) {
+            std::vector<int> hits(1 + round % 70);
+            gpubackprop::each((long long)hits.size(), true, [&](long long i) { hits[size_t(i)] += 1; });
+            for (int hit : hits) if (hit != 1) abort();
+        }
+    });
+    for (auto& caller : callers) caller.join();"""
+    done = pool_program(tmp_path, text, "-fsanitize=thread")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not hasattr(os, "sched_getaffinity"), reason="no g++, or not Linux")
+def test_helpers_stay_off_the_callers_core(tmp_path):
+    """Where BLAS's threads spin on the other cores, a helper on the caller's would wait until the caller is done."""
+    cores = sorted(os.sched_getaffinity(0))
+    text = f"""
+    gpubackprop_use_cores({len(cores)});
+    const auto caller = pthread_self();
+    std::atomic<int> helped{{0}};
+    for (int core : {{{", ".join(map(str, cores))}}}) {{
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(core, &set);
+        pthread_setaffinity_np(caller, sizeof set, &set);
+        for (int round = 0; round < 50; ++round) gpubackprop::each(200, true, [&](long long) {{
+            for (volatile int i = 0; i < 5000; ++i) {{}}
+            if (pthread_equal(pthread_self(), caller)) return;
+            ++helped;
+            if (sched_getcpu() == core) abort();
+        }});
+    }}
+    if (helped == 0 && {len(cores)} > 1) abort();"""
+    done = pool_program(tmp_path, text)
     assert done.returncode == 0, done.stderr
 
 

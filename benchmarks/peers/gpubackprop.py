@@ -46,7 +46,7 @@ def train(case: Train, device: str) -> Prepared:
 
 def predict(case: Predict, device: str) -> Prepared:
     model, x = _model(case, "relu").to(device), case.x()
-    return Prepared(lambda: model.predict(x), lambda: flat([model.predict(x[:8])]))
+    return repeated(lambda: model.predict(x), case.calls, lambda: flat([model.predict(x[:8])]))
 
 
 def update(case: Update, device: str) -> Prepared:

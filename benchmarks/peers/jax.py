@@ -82,7 +82,7 @@ def predict(case: Predict, variant: str) -> Prepared:
     def run() -> Any:
         return np.asarray(forward(weights, x))
 
-    return Prepared(run, lambda: flat([run()[:8]]))
+    return repeated(run, case.calls, lambda: flat([run()[:8]]))
 
 
 def update(case: Update, variant: str) -> Prepared:

@@ -1,5 +1,6 @@
 """ONNX Runtime: inference."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from ..cases import Import, Predict
-from . import Prepared, flat
+from . import Prepared, flat, repeated
 from .processes import script
 
 
@@ -35,7 +36,8 @@ def _model(case: Predict) -> Any:
 
 def predict(case: Predict, variant: str) -> Prepared:
     session, x = onnxruntime.InferenceSession(_model(case), providers=["CPUExecutionProvider"]), case.x()
-    return Prepared(lambda: session.run(None, {"x": x}), lambda: flat([session.run(None, {"x": x})[0][:8]]))
+    run = partial(session.run, None, {"x": x})
+    return repeated(run, case.calls, lambda: flat([run()[0][:8]]))
 
 
 def start(case: Import, variant: str) -> Prepared:

@@ -48,4 +48,4 @@ def predict(case: Predict, device: str) -> Prepared:
         part = back.asarray(x[start : start + rows])
         for left, w, out in zip((part, *(h[: len(part)] for h in hidden)), weights, hidden, strict=False):
             products.append((left, w, out[: len(part)]))
-    return _prepared(products, 1, device, 1)
+    return _prepared(products, case.calls, device, case.calls)

@@ -8,7 +8,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from ..cases import Import, Predict, Shell, Train
-from . import Prepared, flat
+from . import Prepared, flat, repeated
 from .processes import script
 
 ACTIVATIONS = {"relu": "relu", "tanh": "tanh"}
@@ -25,8 +25,8 @@ def _model(case: Train, shuffle: bool) -> Any:
             assert w.shape == (fan_in, fan_out)
             return w.astype(dtype), b.astype(dtype)
 
-    return Started(case.sizes[1:-1], activation=ACTIVATIONS[case.activation], alpha=0, batch_size=case.batch,
-                   shuffle=shuffle, random_state=0)  # fmt: skip
+    return Started(hidden_layer_sizes=case.sizes[1:-1], activation=ACTIVATIONS[case.activation], alpha=0,
+                   batch_size=case.batch, shuffle=shuffle, random_state=0)  # fmt: skip
 
 
 def _epoch(model: Any, case: Train, x: Any, y: Any) -> float:
@@ -62,7 +62,7 @@ def predict(case: Predict, variant: str) -> Prepared:
     _epoch(model, few, *few.data(1))  # which makes its arrays
     model.coefs_, model.intercepts_ = (list(a) for a in zip(*case.weights(), strict=True))
     model.out_activation_ = "identity"  # logits, as elsewhere
-    return Prepared(lambda: model._forward_pass_fast(x), lambda: flat([model._forward_pass_fast(x)[:8]]))
+    return repeated(lambda: model._forward_pass_fast(x), case.calls, lambda: flat([model._forward_pass_fast(x)[:8]]))
 
 
 def start(case: Import, variant: str) -> Prepared:

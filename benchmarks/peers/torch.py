@@ -68,7 +68,7 @@ def predict(case: Predict, variant: str) -> Prepared:
         with torch.inference_mode():
             return forward(x).numpy()
 
-    return Prepared(run, lambda: flat([run()[:8]]))
+    return repeated(run, case.calls, lambda: flat([run()[:8]]))
 
 
 def update(case: Update, variant: str) -> Prepared:

@@ -21,6 +21,8 @@ __all__ = ["DTYPES", "INSTRUCTION_SETS", "Loop", "digest", "loop", "loops", "uni
 DTYPES = ("float32", "float64")
 WRITTEN = ("gemm.cpp", "normalize.cpp", "softmax_cross_entropy.cpp", "step.cpp")  # by hand, of kernels/host
 
+SLOW = {"exp", "expm1", "log", "log1p", "tanh", "sin", "cos", "pow"}  # functions of tens of operations
+
 # x86-64: name -> what the compiler is told beside the baseline; the best that the machine has is loaded
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2"],
@@ -61,6 +63,13 @@ class Loop:
         unwritten = {"map": (), "sum": ("y0",), "columns": ("y0",) if self.graph[0][1].op == "name" else ()}
         return [k for k, _ in self.graph if k not in unwritten[self.skeleton]]
 
+    @property
+    def cost(self) -> int:
+        """What an element takes, in about 0.1 ns: its arrays, a quarter of its operations, eight for a function."""
+        nodes = [n.op for n in formulas.walk(e for _, e in self.graph) if n.args]
+        arrays = len(self.written) + len(self.inputs) - len(self.single) - len(self.columnwise)
+        return arrays + len(nodes) // 4 + 8 * sum(op in SLOW for op in nodes)
+
     def source(self) -> str:
         """The skeleton filled in."""
         inputs = [f"a{i}" for i in range(len(self.inputs))]
@@ -81,7 +90,7 @@ class Loop:
             "compute": [f"R {', '.join(k for k, _ in self.graph)};", *statements(dict(self.graph))],
             "stores": (f"{k}_[i] = {k};" for k in self.written),
         }
-        words = {"name": self.symbol, "arguments": str(len(places)), "what": self.what}
+        words = {"name": self.symbol, "arguments": str(len(places)), "cost": str(self.cost), "what": self.what}
         return filled(skeleton(f"host/{self.skeleton}.cpp")[1], words, {k: list(v) for k, v in blocks.items()})
 
 

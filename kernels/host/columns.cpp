@@ -9,12 +9,12 @@
 namespace gpubackprop {
 
 template <typename Row>
-static inline void add_rows(const Index* extents, const Row& row) {
+static inline void add_rows(const Index* extents, Index cost, const Row& row) {
     R *sums = pointer<R>(extents[0]), *partials = pointer<R>(extents[1]);
     const Index members = extents[2], rows = extents[3], columns = extents[4], height = extents[5];
     const bool accumulate = extents[6] != 0;
     const Index blocks = (rows + height - 1) / height;
-    each(members * blocks, members * rows * columns >= WORTH, [&](Index i) {
+    each(members * blocks, worth(members * rows * columns, cost), [&](Index i) {
         const Index member = i / blocks, first = i % blocks * height;
         const Index last = first + height < rows ? first + height : rows;
         R* const partial = partials + i * columns;
@@ -36,7 +36,7 @@ static inline void add_rows(const Index* extents, const Row& row) {
 
 // $what
 KERNEL($name) {
-    add_rows(job + $arguments, [job](const Index at, const Index count, R* const partial) {
+    add_rows(job + $arguments, $cost, [job](const Index at, const Index count, R* const partial) {
         $pointers
         LOOP for (Index i = 0; i < count; ++i) {
             $loads

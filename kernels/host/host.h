@@ -37,7 +37,11 @@ static inline R minimum(R a, R b) {
 }
 
 [[maybe_unused]] constexpr Index GRAIN = 16384;  // elements in a piece of work that may go to another core
-[[maybe_unused]] constexpr Index WORTH = 131072; // from how many elements on it does
+
+// Whether work is worth another core, which takes some 20 µs to wake: elements, and what one costs, as backends/host.py
+// counts it (about 0.1 ns).
+static inline bool worth(Index elements, Index cost) { return elements * cost >= 600000; }
+
 [[maybe_unused]] constexpr Index STRIP = 16;     // sums that are added up side by side
 
 template <typename E>

@@ -9,7 +9,7 @@ namespace gpubackprop {
 // run(at, column, count) over stretches that together are all the elements: those from `at` on, at which the arrays
 // broadcast over the rows stand at `column`.
 template <typename Run>
-static inline void stretches(const Index* extents, const Run& run) {
+static inline void stretches(const Index* extents, Index cost, const Run& run) {
     const Index size = extents[0], columns = extents[1], rows = extents[2];
     const auto part = [&](Index begin, Index end) {
         if (columns == 0) return run(begin, Index(0), end - begin);
@@ -20,7 +20,7 @@ static inline void stretches(const Index* extents, const Run& run) {
             at += count;
         }
     };
-    if (size < WORTH) return part(0, size);
+    if (!worth(size, cost)) return part(0, size);
     each((size + GRAIN - 1) / GRAIN, true, [&](Index i) {
         part(i * GRAIN, (i + 1) * GRAIN < size ? (i + 1) * GRAIN : size);
     });
@@ -32,7 +32,7 @@ static inline void stretches(const Index* extents, const Run& run) {
 
 // $what
 KERNEL($name) {
-    stretches(job + $arguments, [job](const Index at, const Index column, const Index count) {
+    stretches(job + $arguments, $cost, [job](const Index at, const Index column, const Index count) {
         $pointers
         LOOP for (Index i = 0; i < count; ++i) {
             $loads

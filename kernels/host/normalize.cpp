@@ -25,7 +25,7 @@ static inline void sum_rows(Index rows, Index width, R* sums, const Value& value
 // body(first column, width) of each strip.
 template <typename Body>
 static inline void strips(Index rows, Index columns, const Body& body) {
-    each((columns + WIDTH - 1) / WIDTH, rows * columns >= WORTH, [&](Index i) {
+    each((columns + WIDTH - 1) / WIDTH, worth(rows * columns, 8), [&](Index i) {
         body(i * WIDTH, columns - i * WIDTH < WIDTH ? columns - i * WIDTH : WIDTH);
     });
 }
@@ -37,7 +37,7 @@ struct Normalize {
 
     void layer() const {
         const R share = R(1) / R(columns);
-        each((rows + HEIGHT - 1) / HEIGHT, rows * columns >= WORTH, [&](Index i) {
+        each((rows + HEIGHT - 1) / HEIGHT, worth(rows * columns, 8), [&](Index i) {
             for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {
                 const R* const from = x + row * columns;
                 R* const to = out + row * columns;
@@ -80,7 +80,7 @@ struct Backward {
     void layer() const {
         const R share = R(1) / R(columns);
         const Index blocks = (rows + HEIGHT - 1) / HEIGHT;
-        each(blocks, rows * columns >= WORTH, [&](Index i) {
+        each(blocks, worth(rows * columns, 8), [&](Index i) {
             R *const of_gain = partials + 2 * i * columns, *const of_bias = of_gain + columns;
             memset(of_gain, 0, size_t(2 * columns) * sizeof(R));
             for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {

@@ -2,26 +2,72 @@
 #include "pool.h"
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#include <unistd.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace gpubackprop {
 namespace {
 
+// The cores that this process may use; empty where the system does not say.
+std::vector<int> allowed_cores() {
+    std::vector<int> found;
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(getpid(), sizeof set, &set) == 0) {
+        for (int i = 0; i < CPU_SETSIZE; ++i) {
+            if (CPU_ISSET(i, &set)) found.push_back(i);
+        }
+    }
+#endif
+    return found;
+}
+
+int current_core() {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+// A thread that stays on one core. Left to the system it is woken on the caller's own core while BLAS's threads, which
+// spin for a while after a product, hold the others: it would start when the caller is done.
+struct Worker {
+    int core;  // -1: any
+    std::condition_variable wake;
+    bool called = false;
+
+    explicit Worker(int on) : core(on) {}
+
+    void stay() const {
+#ifdef __linux__
+        if (core < 0) return;
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(core, &set);
+        pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // a core that is taken away meanwhile: any, then
+#endif
+    }
+};
+
 struct Pool {
     std::mutex mutex;
-    std::condition_variable wake;
-    int threads = 0;
-    // the work in hand, and which it is
+    const std::vector<int> allowed = allowed_cores();
+    std::vector<Worker*> workers;  // on the first cores that are allowed, then on any
+    // the work in hand
     Piece piece = nullptr;
     const void* context = nullptr;
     long long pieces = 0;
-    unsigned long long number = 0;
     bool open = false;  // threads that wake may still join
     std::atomic<long long> next{0};
     std::atomic<int> busy{0};
@@ -30,12 +76,13 @@ struct Pool {
         for (long long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) p(c, i);
     }
 
-    void work() {
-        unsigned long long seen = 0;
+    void work(Worker& me) {
+        me.stay();
         std::unique_lock<std::mutex> lock(mutex);
         for (;;) {
-            wake.wait(lock, [&] { return open && number != seen; });
-            seen = number;
+            me.wake.wait(lock, [&] { return me.called; });
+            me.called = false;
+            if (!open) continue;
             busy.fetch_add(1, std::memory_order_relaxed);
             const Piece p = piece;
             const void* const c = context;
@@ -47,17 +94,30 @@ struct Pool {
         }
     }
 
-    void start(int wanted) {
-        for (; threads < wanted; ++threads) std::thread([this] { work(); }).detach();
+    // One more than help: the one on the caller's core sleeps on.
+    void start(size_t wanted) {
+        while (workers.size() < wanted) {
+            const size_t i = workers.size();
+            workers.push_back(new Worker(i < allowed.size() ? allowed[i] : -1));
+            std::thread([this, i] { work(*workers[i]); }).detach();
+        }
     }
 
-    void run(long long n, Piece p, const void* c) {
+    void run(int helpers, long long n, Piece p, const void* c) {
+        const int here = current_core();
         {
             const std::lock_guard<std::mutex> lock(mutex);
-            piece = p, context = c, pieces = n, ++number, open = true;
+            start(size_t(helpers) + 1);
+            piece = p, context = c, pieces = n, open = true;
             next.store(0, std::memory_order_relaxed);
+            int left = helpers;
+            for (Worker* worker : workers) {
+                if (worker->core == here && here >= 0) continue;
+                if (left-- == 0) break;
+                worker->called = true;
+                worker->wake.notify_one();
+            }
         }
-        wake.notify_all();
         claim(p, c, n);
         {
             const std::lock_guard<std::mutex> lock(mutex);
@@ -84,8 +144,7 @@ void on_all_cores(long long pieces, Piece piece, const void* context) {
         for (long long i = 0; i < pieces; ++i) piece(context, i);
         return;
     }
-    pool->start(helpers);
-    pool->run(pieces, piece, context);
+    pool->run(helpers, pieces, piece, context);
     taken.clear(std::memory_order_release);
 }
 

@@ -85,7 +85,7 @@ struct Softmax {
     void run() const {
         const Index fit = GRAIN / classes, height = fit < 1 ? 1 : fit > ROWS ? ROWS : fit;
         const Index pieces = (rows + height - 1) / height;
-        each(pieces, rows * classes >= WORTH, [&](Index i) {
+        each(pieces, worth(rows * classes, 16), [&](Index i) {
             piece<LABELS>(i, i * height, (i + 1) * height < rows ? (i + 1) * height : rows);
         });
         *total = sum_of(losses, rows);

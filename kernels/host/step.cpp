@@ -16,7 +16,7 @@ struct Feed {
     void run() const {
         const Index* const from = order + steps->offsets[steps->step];
         constexpr Index HEIGHT = 16;
-        each((rows + HEIGHT - 1) / HEIGHT, rows * bytes_x >= Index(WORTH * sizeof(R)), [&](Index i) {
+        each((rows + HEIGHT - 1) / HEIGHT, worth(rows * bytes_x / 4, 3), [&](Index i) {
             for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {
                 memcpy(x + row * bytes_x, source_x + from[row] * bytes_x, size_t(bytes_x));
                 memcpy(y + row * bytes_y, source_y + from[row] * bytes_y, size_t(bytes_y));
@@ -38,7 +38,7 @@ struct Dropout {
         constexpr Index STRETCH = 256;  // blocks of Philox, of four elements each
         const Word now = steps == nullptr ? Word(step) : Word(steps->first + steps->step);
         const Index stretches = (size + 4 * STRETCH - 1) / (4 * STRETCH);
-        each(stretches, size >= WORTH / 4, [&](Index i) {
+        each(stretches, worth(size, 12), [&](Index i) {
             Word words[4 * STRETCH];
             LOOP for (Index b = 0; b < STRETCH; ++b) {
                 const Block block = draw(Long(seed), Word(site), now, Long(i * STRETCH + b));
@@ -70,7 +70,7 @@ struct Norm {
 
     void run() const {
         const Index pieces = (size + GRAIN - 1) / GRAIN;
-        each(pieces, size >= WORTH, [&](Index i) {
+        each(pieces, worth(size, 2), [&](Index i) {
             const R* const from = g + i * GRAIN;
             const Index count = (i + 1) * GRAIN < size ? GRAIN : size - i * GRAIN;
             partials[i] = sum_each(count, [=](Index e) { return from[e] * from[e]; });

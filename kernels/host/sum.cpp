@@ -9,10 +9,10 @@
 namespace gpubackprop {
 
 template <typename Part>
-static inline void add_up(const Index* rest, const Part& part) {
+static inline void add_up(const Index* rest, Index cost, const Part& part) {
     R* const partials = pointer<R>(rest[1]);
     const Index size = rest[5], pieces = (size + GRAIN - 1) / GRAIN;
-    each(pieces, size >= WORTH, [&](Index i) {
+    each(pieces, worth(size, cost), [&](Index i) {
         partials[i] = part(i * GRAIN, (i + 1) * GRAIN < size ? GRAIN : size - i * GRAIN);
     });
     const R total = sum_of(partials, pieces);
@@ -26,7 +26,7 @@ static inline void add_up(const Index* rest, const Part& part) {
 
 // $what
 KERNEL($name) {
-    add_up(job + $arguments, [job](const Index at, const Index count) {
+    add_up(job + $arguments, $cost, [job](const Index at, const Index count) {
         $pointers
         return sum_each(count, [=](const Index i) {
             $loads
