@@ -263,7 +263,7 @@ def _scaling() -> Iterable[Scaling]:
 
 _LARGE = (Train((784, 512, 512, 10), 128), Train((256, 1024, 1024, 1024, 256), 1024, steps=8, epochs=2))
 CASES: dict[str, Case] = {case.name: case for case in (
-    Train((64, 64, 64, 10), 32, steps=500), Train((784, 128, 10), 64, steps=200), *_LARGE,
+    Train((64, 64, 64, 10), 32, steps=500), Train((784, 128, 10), 64, steps=100), *_LARGE,
     *(replace(case, activation=name) for case in _LARGE for name in ("gelu", "tanh")),
     Predict((784, 512, 512, 10), 100_000), Predict((64, 128, 10), 1_797), Predict((64, 128, 10), 1),
     *(Update(rule, n) for rule in Update.MOMENTS for n in (10_000, 1_000_000)),
