@@ -17,7 +17,7 @@ from .cuda import ARCHITECTURES, CompileError
 from .inventory import inventory
 from .ledger import PATH, Ledger, Measured, measured, value_for, violations
 from .plot import plot as pictures
-from .report import compared, duration, read, table, write
+from .report import compared, duration, read, scaling, table, write
 from .rounds import Figures, contenders, disagreement, measure
 
 
@@ -68,6 +68,8 @@ def run(
             figures += found
             wrong += disagreement(case, found)
             click.echo("\n".join([*table(found), ""]))
+        for line in scaling(figures, backends[0]):
+            click.echo(line)
     finally:  # Ctrl-C loses nothing that was measured
         if path:
             write(path, figures)

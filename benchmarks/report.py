@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,23 @@ import numpy as np
 
 import gpubackprop as gb
 
+from .cases import CASES, Scaling
+from .measure import median_and_spread
+from .peers.gpubackprop import resident
 from .rounds import Figures
 
-__all__ = ["circumstances", "compared", "duration", "read", "table", "write"]
+__all__ = ["circumstances", "compared", "duration", "read", "scaling", "table", "write"]
+
+
+AXES = {"batch": ("row", 1), "width": ("unit²", 2), "depth": ("layer", 1), "samples": ("sample", 1)}
 
 
 def duration(seconds: float) -> str:
     """Three digits and a unit: 26.4 µs."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9)):
+        if abs(seconds) * factor >= 1 or unit == "ns":
             value = seconds * factor
-            return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(value, 1e-3)))))}f} {unit}"
+            return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(abs(value), 1e-3)))))}f} {unit}"
     raise AssertionError
 
 
@@ -35,16 +41,40 @@ def table(found: Sequence[Figures]) -> Iterator[str]:
         return
     base = taken[0]
     floor = next((f for f in taken if f.contender.startswith("products")), None)
-    rows = [[found[0].case, f"a {base.unit}", "spread", f"× {base.contender}", *(["× products"] if floor else []),
-             *(["GFLOP/s"] if base.flops else []), *(["GB/s"] if base.bytes else []), "memory"]]  # fmt: skip
-    for f in taken:
-        row = [f.contender, duration(f.median), f"{f.spread:.1%}", f"{f.median / base.median:.2f}"]
-        row += [f"{f.median / floor.median:.2f}"] if floor else []
-        row += [f"{f.flops / f.median / 1e9:.1f}"] if f.flops else []
-        row += [f"{f.bytes / f.median / 1e9:.1f}"] if f.bytes else []
-        rows.append([*row, f"{f.memory / 1e6:.0f} MB"])
+    columns: dict[str, Callable[[Figures], str]] = {
+        f"a {base.unit}": lambda f: duration(f.median),
+        "on the device": lambda f: duration(median_and_spread(f.device_seconds)[0]) if f.device_seconds else "",
+        "spread": lambda f: f"{f.spread:.1%}",
+        f"× {base.contender}": lambda f: f"{f.median / base.median:.2f}",
+        "× products": lambda f: f"{f.median / floor.median:.2f}" if floor else "",
+        "GFLOP/s": lambda f: f"{f.flops / f.median / 1e9:.1f}" if f.flops else "",
+        "GB/s": lambda f: f"{f.bytes / f.median / 1e9:.1f}" if f.bytes else "",
+        "memory": lambda f: f"{f.memory / 1e6:.0f} MB" if f.memory else "",
+    }
+    filled = {head: cells for head, of in columns.items() if any(cells := [of(f) for f in taken])}
+    rows = [[base.case, *filled], *([f.contender, *cells] for f, *cells in zip(taken, *filled.values(), strict=True))]
     yield from _columns(rows)
     yield from (f"{f.contender}: {f.absent}" for f in found if f.absent)
+
+
+def scaling(found: Sequence[Figures], device: str) -> Iterator[str]:
+    """For each axis: what an epoch takes, how much of it each added row, layer, … took, and what the plan holds."""
+    cases = [(case, f) for f in found if f.seconds and isinstance(case := CASES[f.case], Scaling)]
+    first = cases[0][1].contender if cases else ""
+    for axis, (unit, power) in AXES.items():
+        own = [(case, f) for case, f in cases if case.axis == axis and f.contender == first]
+        if not own:
+            continue
+        rows = [[axis, "a step", f"each {unit} more", "resident"]]
+        before: tuple[float, float] | None = None
+        for case, f in own:
+            # an epoch for the samples, else a step
+            cost, amount = f.median * (case.steps if axis == "samples" else 1), float(case.value) ** power
+            more = "" if before is None else duration((cost - before[0]) / (amount - before[1]))
+            rows.append([str(case.value), duration(f.median), more, f"{resident(case, device) / 1e6:.2f} MB"])
+            before = cost, amount
+        yield from _columns(rows)
+        yield ""
 
 
 def compared(before: Sequence[Figures], after: Sequence[Figures]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -123,44 +123,55 @@ class _Process:
     def measure(self) -> dict[str, Any]:
         """One measurement."""
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
+        with suppress(BrokenPipeError):  # then there is no answer either
+            self._process.stdin.write("go\n")
         return self.answer()
 
 
 def measure(case: Case, among: Iterable[Contender], repeats: int, *, smoke: bool = False) -> list[Figures]:
     """The figures of all contenders that can do the case, or why there are none; every round takes them in turn."""
     found: list[Figures] = []
+    running: list[tuple[Figures, _Process, int]] = []
+    size = case.smoke() if smoke else case
     with ExitStack() as stack:
-        running: list[tuple[Figures, _Process, int]] = []
         for contender in among:
             if case.group not in contender.peer.groups:
                 continue
-            size = case.smoke() if smoke else case
             figures = Figures(case.name, case.group, case.unit, str(contender), size.flops, size.bytes)
-            if contender.peer.missing:
-                figures.absent = f"not installed: {contender.peer.missing}"
-                found.append(figures)
+            found.append(figures)
+            if missing := contender.peer.missing:
+                figures.absent = f"not installed: {missing}"
                 continue
             process = stack.enter_context(_Process(contender, case, smoke))
-            try:
+            with _noted(figures):
                 first = process.answer()
-            except ChildProcessError as error:
-                figures.absent = f"failed: {error}"
-                found.append(figures)
-                continue
-            if "cannot" not in first:
+                if "cannot" in first:
+                    found.remove(figures)
+                    continue
                 figures.versions, figures.check = first["versions"], first["check"]
-                found.append(figures)
                 running.append((figures, process, first["units"]))
         for _ in range(repeats):
             for figures, process, units in running:
+                if figures.absent:
+                    continue
                 time.sleep(PAUSE)
-                answer = process.measure()
-                figures.memory = answer["memory"]
-                figures.seconds.append(answer["seconds"] / units)
-                if "device_seconds" in answer:
-                    figures.device_seconds.append(answer["device_seconds"] / units)
+                with _noted(figures):
+                    answer = process.measure()
+                    figures.memory = answer["memory"]
+                    figures.seconds.append(answer["seconds"] / units)
+                    if "device_seconds" in answer:
+                        figures.device_seconds.append(answer["device_seconds"] / units)
     return found
+
+
+@contextmanager
+def _noted(figures: Figures) -> Iterator[None]:
+    """A process that dies inside has no figures, and its last words are why."""
+    try:
+        yield
+    except ChildProcessError as error:
+        figures.absent = f"failed: {error}"
+        figures.seconds.clear()
 
 
 def disagreement(case: Case, found: Sequence[Figures]) -> Iterator[str]:

@@ -126,7 +126,9 @@ class Layer:
     def _members(self) -> Iterator[tuple[str, Any]]:
         """Attributes by name; the items of lists, tuples and dicts, however nested, by name and position or key."""
         for name, value in vars(self).items():
-            if name != "arguments":
+            if not isinstance(value, list | tuple | dict):
+                yield name, value
+            elif name not in ("arguments", "_arenas"):
                 yield from _flat(name, value)
 
     def children(self) -> dict[str, "Layer"]:

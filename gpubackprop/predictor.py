@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from gpubackprop.backends.base import Buffer, is_on_device
+from gpubackprop.backends.base import Backend, Buffer, is_on_device
 from gpubackprop.data import as_features
 from gpubackprop.device_data import on_device
 from gpubackprop.plan import Plan
@@ -54,10 +54,9 @@ class Predictor:
             recorded = (homes, [id(layer) for _, layer in model.named_layers()])
             if recorded != self._recorded:  # other arenas or other layers
                 self._recorded, self._forwards = recorded, {}
-            return self._predict(model, rows)
+            return self._predict(model, rows, homes[0].backend if homes else model.backend)
 
-    def _predict(self, model: "Layer", rows: Buffer) -> Buffer:
-        backend = model.backend
+    def _predict(self, model: "Layer", rows: Buffer, backend: Backend) -> Buffer:
         n = min(max(2, 1 << (len(rows) - 1).bit_length()), CHUNK_ROWS)
         key = (n, rows.shape[1])
         if key not in self._forwards:

@@ -1,17 +1,20 @@
 """The benchmark suite at tiny sizes: it runs, its contenders compute the same, and what it prints and stores holds."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import gpubackprop as gb
 from benchmarks.__main__ import main
 from benchmarks.breakeven import cells
 from benchmarks.cases import CASES, GROUPS, Case, chosen
-from benchmarks.measure import median_and_spread
+from benchmarks.measure import median_and_spread, timed
 from benchmarks.peers import PEERS, Prepared, prepare
-from benchmarks.report import compared, duration, read, table, write
+from benchmarks.report import compared, duration, read, scaling, table, write
 from benchmarks.rounds import Contender, Figures, contenders, disagreement, measure
 
 TRAIN = "train 64-64-64-10 (32)"
@@ -109,6 +112,25 @@ def test_what_is_missing_and_what_fails_is_said(monkeypatch):
     assert "jax: not installed: pip install no_such_module" in table(found)
 
 
+def test_a_contender_that_dies_between_rounds_is_no_figure(monkeypatch):
+    import benchmarks.rounds as rounds
+
+    answer, calls = rounds._Process.answer, []
+
+    def dying(self):
+        calls.append(self)
+        if len(calls) == 4:  # both are ready, and the first was measured once
+            self._process.kill()
+            self._process.wait()
+        return answer(self)
+
+    monkeypatch.setattr(rounds._Process, "answer", dying)
+    found = measure(CASES[TRAIN], contenders([], ["cpu"]), 3, smoke=True)
+    assert [(f.contender, len(f.seconds), f.absent) for f in found] == [
+        ("gpubackprop cpu", 3, ""), ("products cpu", 0, "failed: exit status -9"),
+    ]  # fmt: skip
+
+
 def test_a_process_that_fails_is_an_error(monkeypatch):
     from benchmarks.peers.processes import script
 
@@ -181,6 +203,17 @@ def test_comparisons_are_sure_beyond_both_spreads():
     assert line.endswith("1.20")
 
 
+def test_scaling_says_what_each_more_takes():
+    depths = [c for c in CASES.values() if c.group == "scaling" and c.axis == "depth"]
+    found = [figures(seconds=[1e-3 + 2e-3 * c.value] * 3, case=c.name) for c in depths]
+    lines = [line.split() for line in scaling(found, "cpu")]
+    assert lines[0] == ["depth", "a", "step", "each", "layer", "more", "resident"]
+    assert lines[1][:3] == ["1", "3.00", "ms"]
+    assert all(line[3:5] == ["2.00", "ms"] for line in lines[2:-1])
+    plan = gb.Trainer(gb.mlp([*depths[0].sizes]), seed=0, device="cpu", metrics=[]).plan(depths[0].batch)
+    assert lines[1][3:] == [f"{plan.bytes_resident / 1e6:.2f}", "MB"]
+
+
 def test_a_table_has_ratios_to_the_first_and_to_the_floor():
     found = [figures(seconds=[2e-3] * 3), figures("products cpu", [1e-3] * 3), figures("torch eager", [8e-3] * 3)]
     lines = [line.split() for line in table(found)]
@@ -190,9 +223,29 @@ def test_a_table_has_ratios_to_the_first_and_to_the_floor():
 
 
 def test_durations_have_three_digits():
-    assert [duration(s) for s in (2.5, 0.0264, 26.4e-6, 0.264e-6, 123e-6)] == [
-        "2.50 s", "26.4 ms", "26.4 µs", "0.264 µs", "123 µs",
+    assert [duration(s) for s in (2.5, 0.0264, 26.4e-6, 0.264e-6, 123e-6, -2e-3)] == [
+        "2.50 s", "26.4 ms", "26.4 µs", "264 ns", "123 µs", "-2.00 ms",
     ]  # fmt: skip
+
+
+def test_cuda_is_timed_between_events_too(monkeypatch):
+    """Events around the call, on a device whose clock is the order in which things happen."""
+    happened = []
+
+    class Event:
+        def record(self):
+            happened.append("record")
+            self.time = len(happened)
+
+        def synchronize(self):
+            happened.append("synchronize")
+
+    elapsed = SimpleNamespace(Event=Event, get_elapsed_time=lambda a, b: 1e3 * (b.time - a.time))
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=elapsed))
+    taken = timed(lambda: happened.append("call"), "cuda:0")
+    assert happened == ["record", "call", "record", "synchronize"]
+    assert taken["device_seconds"] == 2 and taken["seconds"] >= 0
+    assert set(timed(lambda: None)) == {"seconds"}
 
 
 def test_median_and_spread():

@@ -92,4 +92,6 @@ def test_installed_wheel_runs_from_another_folder(wheel, tmp_path):
     assert "was not built; build it with a C++ compiler" in run(program, "info")
     assert "accuracy" in run(program, "train", "digits", "--epochs", "1")
     assert "__global__" in run(program, "kernels", "gelu")
+    case = ("--smoke", "--repeats", "2", "--peers", "none", "--case", "train 64-64-64-10 (32)")
+    assert "products cpu" in run(sys.executable, "-m", "gpubackprop._benchmarks", "run", *case)
     assert run(program, "--version").strip().endswith(next(iter(wheel.stem.split("-")[1:2])))

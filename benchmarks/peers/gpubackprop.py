@@ -44,6 +44,11 @@ def train(case: Train, device: str) -> Prepared:
     return Prepared(run, check, case.steps * case.epochs)
 
 
+def resident(case: Train, device: str) -> int:
+    """Bytes that the recorded step holds."""
+    return _trainer(case, device).plan(case.batch).bytes_resident
+
+
 def predict(case: Predict, device: str) -> Prepared:
     model, x = _model(case, "relu").to(device), case.x()
     return repeated(lambda: model.predict(x), case.calls, lambda: flat([model.predict(x[:8])]))
