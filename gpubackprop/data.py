@@ -26,10 +26,13 @@ Array = NDArray[Any]
 # ---- the door ----------------------------------------------------------------------------------------------
 
 
-def as_features(x: Any, dtype: DTypeLike, columns: int | None = None, where: str = "fit", name: str = "x") -> Array:
+def as_features(
+    x: Any, dtype: DTypeLike, columns: int | None = None, where: str = "fit", name: str = "x", *, finite: bool = True
+) -> Array:
     """x as finite C-contiguous rows (n, columns) of `dtype`, without a copy where x is that already.
 
-    Lists, frames, Tensors, integers and bools will do. The result is never to be written to.
+    Lists, frames, Tensors, integers and bools will do. The result is never to be written to. finite=False leaves it to
+    the caller to see that all numbers are finite.
     """
     a = _numbers(x, where, name, f"encode text as numbers, or convert with {name}.astype(float)")
     n = _rows(a, where, name)
@@ -44,7 +47,7 @@ def as_features(x: Any, dtype: DTypeLike, columns: int | None = None, where: str
         raise ValueError(f"{where}: {name} has {width} columns but the model expects {columns}")
     if width == 0:
         raise ValueError(f"{where}: {name} has 0 columns, expected at least 1; pass some features")
-    return _cast(a, dtype, where, name)
+    return _cast(a, dtype, where, name, finite)
 
 
 def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDArray[np.int64]:
@@ -168,16 +171,16 @@ def _rows(a: Any, where: str, name: str) -> int:
     return n
 
 
-def _cast(a: Array, dtype: DTypeLike, where: str, name: str) -> Array:
-    """a in `dtype`, C-contiguous and aligned, copied only if it is not; NaN and infinity raise."""
+def _cast(a: Array, dtype: DTypeLike, where: str, name: str, finite: bool = True) -> Array:
+    """a in `dtype`, C-contiguous and aligned, copied only if it is not; NaN and infinity raise, unless finite=False."""
     with np.errstate(all="ignore"):
         out: Array = np.require(a, dtype, ["C", "A"])
-        if a.dtype.kind in "biu" or np.isfinite(out.sum()):  # one pass; finite values may overflow it, so look
+        if not finite or a.dtype.kind in "biu" or np.isfinite(out.sum()):  # one pass
             return out
-    finite = np.isfinite(out)
-    if finite.all():
+    good = np.isfinite(out)  # finite values may overflow a sum, so look
+    if good.all():
         return out
-    place = tuple(int(i) for i in np.unravel_index(int(finite.argmin()), a.shape))
+    place = tuple(int(i) for i in np.unravel_index(int(good.argmin()), a.shape))
     value, at = a[place], ", column ".join(str(i) for i in place)
     if not np.isfinite(value):
         raise ValueError(f"{where}: {name} has {_kind(value)} at row {at}; remove or fill such rows")

@@ -1,9 +1,12 @@
 """Inference: forward-only plans, replayed over padded batches."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, is_on_device
@@ -47,16 +50,17 @@ class Predictor:
         homes = model.homes()
         dtype = homes[0].dtype if homes else model.dtype
         if is_on_device(x):
-            rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
-        else:
-            rows = as_features(x, dtype, model.inputs, "predict")
+            rows, check = on_device(x, model.backend, dtype, model.inputs, "predict", "x"), _nothing
+        else:  # looked at part by part, while each is in the cache
+            rows = as_features(x, dtype, model.inputs, "predict", finite=False)
+            check = partial(_check_finite, lambda: as_features(x, dtype, model.inputs, "predict"))
         with self.lock:
             recorded = (homes, [id(layer) for _, layer in model.named_layers()])
             if recorded != self._recorded:  # other arenas or other layers
                 self._recorded, self._forwards = recorded, {}
-            return self._predict(model, rows, homes[0].backend if homes else model.backend)
+            return self._predict(model, rows, homes[0].backend if homes else model.backend, check)
 
-    def _predict(self, model: "Layer", rows: Buffer, backend: Backend) -> Buffer:
+    def _predict(self, model: "Layer", rows: Buffer, backend: Backend, check: Callable[[Buffer], object]) -> Buffer:
         n = min(max(2, 1 << (len(rows) - 1).bit_length()), CHUNK_ROWS)
         key = (n, rows.shape[1])
         if key not in self._forwards:
@@ -65,10 +69,22 @@ class Predictor:
         out = backend.empty((len(rows), *forward.output.shape[1:]), forward.output.dtype)
         for start in range(0, len(rows), n):
             part = rows[start : start + n]
+            check(part)
             backend.write(forward.x[: len(part)], part)
             forward.plan.replay("predict")
             backend.write(out[start : start + len(part)], forward.output[: len(part)])
         return out
+
+
+def _nothing(part: Buffer) -> None:
+    pass
+
+
+def _check_finite(complain: Callable[[], object], part: Buffer) -> None:
+    """Where the sum is not finite something may be wrong, or finite values overflow it."""
+    with np.errstate(all="ignore"):
+        if not np.isfinite(part.sum()):
+            complain()
 
 
 def _record(model: "Layer", rows: int, columns: int, dtype: npt.DTypeLike) -> _Forward:

@@ -307,12 +307,12 @@ def test_sums_of_a_plan():
 
 
 def test_bytes_resident_counts_each_buffer_once():
-    plan = Plan(BACK)
-    x, y = BACK.empty((1000,), np.float64), BACK.empty((1000,), np.float64)
+    plan = Plan(back := get_backend("cpu:reference"))
+    x, y = back.empty((1000,), np.float64), back.empty((1000,), np.float64)
     with plan.record("one"):
-        run(y, lambda: BACK.copy(x, y))
-        run(y, lambda: BACK.copy(x[:10], y[10:20]))
-        run(y, lambda: BACK.copy(x, y, accumulate=True))
+        run(y, lambda: back.copy(x, y))
+        run(y, lambda: back.copy(x[:10], y[10:20]))
+        run(y, lambda: back.copy(x, y, accumulate=True))
     assert plan.bytes_resident == 16_000 + 2 * 64  # each with a cache line, to start on one
 
 

@@ -22,7 +22,7 @@ from gpubackprop.backends import host
 from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally, owned
 from gpubackprop.backends.numpy import Calls, NumpyBackend, calls_of
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally
-from gpubackprop.formulas import describe
+from gpubackprop.formulas import describe, name
 
 __all__ = ["Library", "NativeBackend", "available", "blas_product", "cores", "library", "why_not_native"]
 
@@ -30,6 +30,8 @@ Array = npt.NDArray[Any]
 Call = Callable[[], object]
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps gpubackprop, or -e . in a checkout"
 NORMS = {1: "layer", 0: "batch"}
+COPY = {"out": name("x")}
+LARGE = 2**18  # elements from which on a copy is worth the binding of a kernel
 LARGE_VECTOR = 2**19  # elements of a matrix whose product with a vector is faster by BLAS's gemv, which NumPy takes
 GRAIN, LEAST_ROWS = 16384, 64  # elements of a piece of work, as in host.h; rows that a column sum adds up at once
 
@@ -150,9 +152,9 @@ def blas_product(dtype: np.dtype[Any]) -> int | None:
     if dtype.name not in host.DTYPES:
         return None
     loaded = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # the libraries that it needs are searched too
-    for name in PRODUCTS:
+    for symbol in PRODUCTS:
         with suppress(AttributeError):
-            return ctypes.cast(getattr(loaded, name.format("sd"[dtype.itemsize // 8])), ctypes.c_void_p).value
+            return ctypes.cast(getattr(loaded, symbol.format("sd"[dtype.itemsize // 8])), ctypes.c_void_p).value
     return None
 
 
@@ -203,6 +205,21 @@ class NativeBackend(NumpyBackend):
             calls += [call] if call else []
             jobs = []
         return calls[0] if len(calls) == 1 and isinstance(calls[0], Job) else Calls(calls)
+
+    def write(self, buffer: Array, value: Any) -> None:
+        """buffer[...] = value; a large array on all cores."""
+        if isinstance(value, np.ndarray) and value.size >= LARGE and value.shape == buffer.shape:
+            self.copy(value, buffer).run()
+        else:
+            super().write(buffer, value)
+
+    def _copy(self, x: Array, out: Array, accumulate: bool) -> list[Call]:
+        if accumulate or x.shape != out.shape or np.may_share_memory(x, out):
+            return super()._copy(x, out, accumulate)
+        found = self._loop("map", COPY, {"x": x}, {"out": out}, out.dtype)
+        if found is None:
+            return super()._copy(x, out, accumulate)
+        return [Job.of(found[1], out, x, out.size, 0, 0)]
 
     # ---- formulas
 

@@ -264,13 +264,14 @@ class NumpyBackend:
     def copy(self, x: Array, out: Array, *, accumulate: bool = False) -> Launch:
         """out = x broadcast; see Backend."""
         expect("copy", np.broadcast_shapes(x.shape, out.shape) == out.shape, f"{x.shape} into {out.shape}")
+        return _launch("copy", f"out {'+' * accumulate}= x", {"x": x}, {"out": out}, 0, self._copy(x, out, accumulate))
+
+    def _copy(self, x: Array, out: Array, accumulate: bool) -> list[Call]:
+        if not accumulate:
+            return [partial(np.copyto, out, x, "unsafe")]  # from one float type to another, where they differ
         wide = Wide()
-        if accumulate:
-            into, from_ = wide.write(out, keep=True), wide.read(x)
-            calls = wide.around([partial(np.add, into, from_, into)])
-        else:
-            calls = [partial(np.copyto, out, x, "unsafe")]  # from one float type to another, where they differ
-        return _launch("copy", f"out {'+' * accumulate}= x", {"x": x}, {"out": out}, 0, calls)
+        into, from_ = wide.write(out, keep=True), wide.read(x)
+        return wide.around([partial(np.add, into, from_, into)])
 
     def fill(self, out: Array, value: float) -> Launch:
         """out = value; see Backend."""
