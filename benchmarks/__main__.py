@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gpubackprop.backends import why_not_cuda
+from gpubackprop.precision import PRECISIONS
 from gpubackprop.roofline import GPUS
 
 from .breakeven import GRAPH_LAUNCH, LAUNCH, cells
@@ -107,7 +108,13 @@ def plot(path: str, out: Path) -> None:
 
 @main.command()
 @click.option("--gpu", type=click.Choice(list(GPUS)), help="Model this GPU. Without, the GPU of this machine is timed.")
-@click.option("--precision", default="float32", show_default=True, help="Of the GPU's products.")
+@click.option(
+    "--precision",
+    default="float32",
+    show_default=True,
+    type=click.Choice(list(PRECISIONS)),
+    help="Of the GPU's products.",
+)
 @click.option("--graph", is_flag=True, help="One CUDA graph a step.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=2), help="Rounds.")
 def breakeven(gpu: str | None, precision: str, graph: bool, repeats: int) -> None:
