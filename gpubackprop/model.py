@@ -1,6 +1,7 @@
 """What every layer and model is: declared parameters, a tree of sublayers, one arena, a forward of operations."""
 
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -57,6 +58,16 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
 # ---- the base ------------------------------------------------------------------------------------------------------
 
 _laying_out = threading.RLock()  # threads that use a model first must not lay it out at once
+
+
+def _unlock() -> None:
+    """In a forked child, whose parent's other threads are not there to release the lock."""
+    global _laying_out
+    _laying_out = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock)
 
 CLASSES: dict[str, type["Layer"]] = {}  # by the name that model files use
 

@@ -1,7 +1,8 @@
 """Inference: forward-only plans, replayed over padded batches."""
 
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,6 @@ from gpubackprop.plan import Plan
 from gpubackprop.tensor import Tensor
 
 if TYPE_CHECKING:
-    from gpubackprop.arena import Arena
     from gpubackprop.model import Layer
 
 __all__ = ["Predictor"]
@@ -42,7 +42,7 @@ class Predictor:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # a plan's buffers serve one call at a time
-        self._recorded: tuple[tuple[Arena, ...], list[int]] | None = None
+        self._recorded: list[Any] = []
         self._forwards: dict[tuple[int, int], _Forward] = {}
 
     def __call__(self, model: "Layer", x: Any) -> Buffer:
@@ -55,8 +55,8 @@ class Predictor:
             rows = as_features(x, dtype, model.inputs, "predict", finite=False)
             check = partial(_check_finite, lambda: as_features(x, dtype, model.inputs, "predict"))
         with self.lock:
-            recorded = (homes, [id(layer) for _, layer in model.named_layers()])
-            if recorded != self._recorded:  # other arenas or other layers
+            recorded = [*homes, *(part for _, layer in model.named_layers() for part in _settings(layer))]
+            if recorded != self._recorded:  # other arenas, other layers, or a layer with another setting
                 self._recorded, self._forwards = recorded, {}
             return self._predict(model, rows, homes[0].backend if homes else model.backend, check)
 
@@ -74,6 +74,14 @@ class Predictor:
             forward.plan.replay("predict")
             backend.write(out[start : start + len(part)], forward.output[: len(part)])
         return out
+
+
+def _settings(layer: "Layer") -> Iterator[Any]:
+    """The layer (weakly: it holds its predictor), and its attributes that are numbers or text."""
+    yield weakref.ref(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, int | float | str) and not name.startswith("_"):
+            yield value
 
 
 def _nothing(part: Buffer) -> None:

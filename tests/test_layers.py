@@ -3,7 +3,10 @@
 import copy
 import gc
 import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -889,3 +892,55 @@ def test_a_part_outlives_the_model_it_was_trained_in():
     assert old() is None
     np.testing.assert_array_equal(part(x).numpy(), expected)
     np.testing.assert_allclose(part.predict(x), expected, rtol=1e-6)
+
+
+def test_predict_notices_every_change_of_a_layer():
+    """Another sublayer at the address of the one before, or another setting of the same."""
+
+    class Own(gb.Layer):
+        def __init__(self):
+            self.dense, self.act, self.k = gb.Dense(4, 4), gb.Activation("relu"), 1.0
+
+        def forward(self, x):
+            return self.act(self.dense(x)) * self.k
+
+    x, model = np.random.default_rng(0).normal(size=(3, 4)).astype("f"), Own()
+    model.initialize(0)
+
+    def holds():
+        np.testing.assert_allclose(model.predict(x), model(x).numpy(), rtol=1e-6)
+
+    for _ in range(20):
+        for name in ("tanh", "sigmoid", "elu"):
+            model.act = None
+            model.act = gb.Activation(name)
+            holds()
+    model.k = 9.0
+    holds()
+    model.dense.activation = "tanh"
+    holds()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_child_forked_while_a_model_is_laid_out_can_lay_out_its_own():
+    code = """
+import os, threading, gpubackprop as gb
+from gpubackprop import model
+held = threading.Event()
+def hold():
+    with model._laying_out:
+        held.set()
+        threading.Event().wait(5)
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+if not (pid := os.fork()):
+    gb.mlp([2, 3]).predict([[1.0, 2.0]])
+    os._exit(0)
+for _ in range(100):
+    if os.waitpid(pid, os.WNOHANG)[0]:
+        os._exit(0)
+    __import__("time").sleep(0.05)
+os.kill(pid, 9)
+os._exit(1)
+"""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60).returncode == 0

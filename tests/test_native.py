@@ -119,6 +119,13 @@ def test_products_are_those_of_numpy(shape, dtype, rng):
         assert compiled(launch) == (native.blas_product(np.dtype(dtype)) is not None)
 
 
+def test_products_over_an_operand_are_those_of_numpy(rng):
+    a, b, back = rng.normal(size=(64, 64)), rng.normal(size=(64, 64)), get_backend("cpu")
+    expected = a @ b
+    back.gemm(a, b, b).run()
+    np.testing.assert_allclose(b, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_products_of_views_run_on_the_reference(rng):
     """BLAS takes neither every second row nor every second column; a slice of the columns NumPy knows to hand over."""
     a, b, back = rng.normal(size=(8, 12)), rng.normal(size=(6, 5)), get_backend("cpu")
@@ -239,6 +246,14 @@ assert t.big(9)
 # ---- where it is not there -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("wish, expected", [("3", 3), ("0", 1), ("²", None), ("many", None), ("-1", None)])
+def test_the_number_of_cores_is_a_number(wish, expected, monkeypatch):
+    monkeypatch.delenv("GPUBACKPROP_THREADS", raising=False)
+    default = native.cores()
+    monkeypatch.setenv("GPUBACKPROP_THREADS", wish)
+    assert native.cores() == (expected or default)
+
+
 def test_a_library_of_other_sources_is_refused(monkeypatch):
     monkeypatch.setattr(host, "digest", lambda: "of another version")
     with pytest.raises(RuntimeError, match="was made of other sources; build it with a C"):
@@ -291,12 +306,27 @@ def test_the_pool_has_no_race(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or not hasattr(os, "sched_getaffinity"), reason="no g++, or not Linux")
+def test_where_threads_run_out_those_that_are_there_do_the_work(tmp_path):
+    text = """
+    const rlimit none{1, 1};
+    setrlimit(RLIMIT_NPROC, &none);
+    if (setuid(65534) != 0) return 0;  // root's threads are not counted
+    gpubackprop_use_cores(8);
+    std::atomic<int> done{0};
+    for (int round = 0; round < 3; ++round) gpubackprop::each(50, true, [&](long long) { ++done; });
+    if (done != 150) abort();"""
+    done = pool_program(tmp_path, text, "-include", "sys/resource.h", "-include", "unistd.h")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not hasattr(os, "sched_getaffinity"), reason="no g++, or not Linux")
 def test_helpers_stay_off_the_callers_core(tmp_path):
     """Where BLAS's threads spin on the other cores, a helper on the caller's would wait until the caller is done."""
     cores = sorted(os.sched_getaffinity(0))
     text = f"""
     gpubackprop_use_cores({len(cores)});
     const auto caller = pthread_self();
+    gpubackprop::each(2, true, [](long long) {{}});  // threads of all cores, before the caller has but one
     std::atomic<int> helped{{0}};
     for (int core : {{{", ".join(map(str, cores))}}}) {{
         cpu_set_t set;

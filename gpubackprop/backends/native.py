@@ -136,7 +136,7 @@ def _path(instructions: str) -> Path:
 
 def cores() -> int:
     """How many this process may use: GPUBACKPROP_THREADS, or what the system says."""
-    if (wish := os.environ.get("GPUBACKPROP_THREADS", "")).isdigit():
+    if (wish := os.environ.get("GPUBACKPROP_THREADS", "")).isdecimal():
         return max(1, int(wish))
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
@@ -149,12 +149,13 @@ PRODUCTS = ("scipy_cblas_{}gemm64_", "cblas_{}gemm64_", "cblas_{}gemm$NEWLAPACK$
 @cache
 def blas_product(dtype: np.dtype[Any]) -> int | None:
     """The address of the product of matrices that NumPy itself calls; None where its BLAS is not known by name."""
-    if dtype.name not in host.DTYPES:
+    letters = {"float32": "s", "float64": "d"}
+    if dtype.name not in letters:
         return None
     loaded = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # the libraries that it needs are searched too
     for symbol in PRODUCTS:
         with suppress(AttributeError):
-            return ctypes.cast(getattr(loaded, symbol.format("sd"[dtype.itemsize // 8])), ctypes.c_void_p).value
+            return ctypes.cast(getattr(loaded, symbol.format(letters[dtype.name])), ctypes.c_void_p).value
     return None
 
 
@@ -290,8 +291,9 @@ class NativeBackend(NumpyBackend):
         (m, k), n = left.shape[-2:], right.shape[-1]
         transposed = _transposed(left), _transposed(right)
         one_type = left.dtype == right.dtype == out.dtype and out.flags.c_contiguous
+        apart = not (np.may_share_memory(out, left) or np.may_share_memory(out, right))
         better_by_gemv = 1 in (m, n) and m * k * n > LARGE_VECTOR
-        blas = blas_product(out.dtype) if one_type and None not in transposed and not better_by_gemv else None
+        blas = blas_product(out.dtype) if one_type and apart and None not in transposed and not better_by_gemv else None
         if blas is None or 0 in (*left.shape, n):
             return super()._gemm(left, right, out, accumulate)
         strides = (a.strides[0] // a.itemsize if a.ndim == 3 else 0 for a in (left, right))

@@ -13,12 +13,13 @@ struct Product {
     Index transpose_a, transpose_b, stride_a, stride_b;
     Index count, m, n, k, accumulate;
 
-    static int op(Index transpose) { return transpose ? 112 : 111; }  // CblasTrans, CblasNoTrans
+    enum { ROW_MAJOR = 101, AS_IT_IS = 111, TRANSPOSED = 112 };  // CBLAS's numbers
+    static int op(Index transpose) { return transpose ? TRANSPOSED : AS_IT_IS; }
 
     void run() const {
         for (Index i = 0; i < count; ++i) {
-            blas(101, op(transpose_a), op(transpose_b), m, n, k, R(1), a + i * stride_a, transpose_a ? m : k,
-                 b + i * stride_b, transpose_b ? k : n, R(accumulate), out + i * m * n, n);  // 101: CblasRowMajor
+            blas(ROW_MAJOR, op(transpose_a), op(transpose_b), m, n, k, R(1), a + i * stride_a, transpose_a ? m : k,
+                 b + i * stride_b, transpose_b ? k : n, R(accumulate), out + i * m * n, n);
         }
     }
 };

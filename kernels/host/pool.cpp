@@ -4,12 +4,13 @@
 #include <pthread.h>
 #ifdef __linux__
 #include <sched.h>
-#include <unistd.h>
 #endif
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -18,19 +19,7 @@
 namespace gpubackprop {
 namespace {
 
-// The cores that this process may use; empty where the system does not say.
-std::vector<int> allowed_cores() {
-    std::vector<int> found;
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(getpid(), sizeof set, &set) == 0) {
-        for (int i = 0; i < CPU_SETSIZE; ++i) {
-            if (CPU_ISSET(i, &set)) found.push_back(i);
-        }
-    }
-#endif
-    return found;
-}
+std::atomic<int> cores{1};  // that may be used
 
 int current_core() {
 #ifdef __linux__
@@ -38,6 +27,22 @@ int current_core() {
 #else
     return -1;
 #endif
+}
+
+// The cores that the caller may use, those after its own first; empty where the system does not say.
+std::vector<int> allowed_cores() {
+    std::vector<int> found;
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        const int here = current_core();
+        for (int i = 1; i <= CPU_SETSIZE; ++i) {
+            const int core = (here + i) % CPU_SETSIZE;
+            if (CPU_ISSET(core, &set)) found.push_back(core);
+        }
+    }
+#endif
+    return found;
 }
 
 // A thread that stays on one core. Left to the system it is woken on the caller's own core while BLAS's threads, which
@@ -62,8 +67,8 @@ struct Worker {
 
 struct Pool {
     std::mutex mutex;
-    const std::vector<int> allowed = allowed_cores();
-    std::vector<Worker*> workers;  // on the first cores that are allowed, then on any
+    std::vector<int> allowed;
+    std::vector<Worker*> workers;  // one on each core that is allowed, then on any
     // the work in hand
     Piece piece = nullptr;
     const void* context = nullptr;
@@ -94,12 +99,19 @@ struct Pool {
         }
     }
 
-    // One more than help: the one on the caller's core sleeps on.
+    // One more than help: the one on the caller's core sleeps on. Where the system gives no more threads, fewer help.
     void start(size_t wanted) {
+        if (workers.empty()) allowed = allowed_cores();
         while (workers.size() < wanted) {
             const size_t i = workers.size();
-            workers.push_back(new Worker(i < allowed.size() ? allowed[i] : -1));
-            std::thread([this, i] { work(*workers[i]); }).detach();
+            auto worker = std::make_unique<Worker>(i < allowed.size() ? allowed[i] : -1);
+            try {
+                std::thread([this, me = worker.get()] { work(*me); }).detach();
+            } catch (const std::system_error&) {
+                cores.store(int(i) + 1);
+                return;
+            }
+            workers.push_back(worker.release());
         }
     }
 
@@ -129,7 +141,6 @@ struct Pool {
 
 Pool* pool = new Pool;  // never deleted: its threads may outlive everything
 std::atomic_flag taken = ATOMIC_FLAG_INIT;
-std::atomic<int> cores{1};
 
 void after_fork() {  // a child has no threads but the one that forked
     pool = new Pool;
