@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gpubackprop.backends import why_not_cuda
+from gpubackprop.backends import get_backend, why_not_cuda
 from gpubackprop.precision import PRECISIONS
 from gpubackprop.roofline import GPUS
 
@@ -58,8 +58,13 @@ def run(
     """
     try:
         cases = chosen(patterns)
-        among = contenders([] if peers in ("", "none") else peers.split(","), backends)
-    except ValueError as error:
+        wanted = [name for p in peers.split(",") if (name := p.strip()) not in ("", "none")]
+        among = contenders(wanted, backends)
+        for device in backends:
+            get_backend(device)
+        if path:
+            Path(path).touch()
+    except (ValueError, RuntimeError, OSError) as error:
         raise click.UsageError(str(error)) from None
     figures: list[Figures] = []
     wrong: list[str] = []
@@ -71,8 +76,8 @@ def run(
             click.echo("\n".join([*table(found), ""]))
         for line in scaling(figures, backends[0]):
             click.echo(line)
-    finally:  # Ctrl-C loses nothing that was measured
-        if path:
+    finally:  # after Ctrl-C too: the cases that are done
+        if path and figures:
             write(path, figures)
     failed = [f"{f.case}: {f.contender} {f.absent}" for f in figures if f.absent.startswith("failed")]
     if wrong or failed:
@@ -84,10 +89,10 @@ def run(
 def compare(paths: tuple[str, str]) -> None:
     """Set the figures of two files beside each other: B over A, and whether that is more than their spreads."""
     (about_a, a), (about_b, b) = map(_read, paths)
-    for key in ("machine", "python", "numpy", "commit"):
-        if about_a[key] != about_b[key]:
-            click.echo(f"{key}: {about_a[key]} and {about_b[key]}")
-    lines = list(compared(a, b))
+    differ = [key for key in about_a if key not in ("date", "blas") and about_a[key] != about_b.get(key)]
+    for key in differ:
+        click.echo(f"{key}: {about_a[key]} and {about_b.get(key)}")
+    lines = list(compared(a, b, alike="machine" not in differ))
     if not lines:
         raise click.ClickException("the files have no measured case in common")
     click.echo("\n".join(lines))
@@ -103,6 +108,8 @@ def plot(path: str, out: Path) -> None:
         written = pictures(figures, about, out)
     except ImportError as error:
         raise click.ClickException(f"{error}; pip install matplotlib") from error
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
     click.echo("\n".join(map(str, written)) or "nothing was measured")
 
 

@@ -141,7 +141,7 @@ class Predict(Network):
         return np.random.default_rng(0).standard_normal((self.rows, self.sizes[0]), np.float32)
 
     def smoke(self) -> Case:
-        return replace(self, sizes=(5, 7, 3), rows=9)
+        return replace(self, sizes=(5, 7, 3), rows=ROWS + 9)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """Medians of interleaved repeats: what is compared runs in turn, so that a slow minute slows all alike."""
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["interleaved", "median_and_spread", "peak_memory", "timed"]
+__all__ = ["forget_peak", "interleaved", "median_and_spread", "peak_memory", "timed"]
 
 
 def timed(call: Callable[[], object], device: str = "cpu") -> dict[str, float]:
@@ -42,9 +43,15 @@ def median_and_spread(seconds: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held; 0 where the system does not say."""
+    """The most bytes that this process has held, since `forget_peak` if that was called; 0 where no one can tell."""
     try:
-        import resource
-    except ImportError:  # Windows
+        status = Path("/proc/self/status").read_text()  # ru_maxrss would have the parent's in it
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """Count the peak from what the process holds now, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

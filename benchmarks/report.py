@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import gpubackprop as gb
+from gpubackprop.backends.native import cores, library, why_not_native
 
 from .cases import CASES, Scaling
 from .measure import median_and_spread
@@ -59,7 +60,7 @@ def table(found: Sequence[Figures]) -> Iterator[str]:
 
 def scaling(found: Sequence[Figures], device: str) -> Iterator[str]:
     """For each axis: what an epoch takes, how much of it each added row, layer, … took, and what the plan holds."""
-    cases = [(case, f) for f in found if f.seconds and isinstance(case := CASES[f.case], Scaling)]
+    cases = [(case, f) for f in found if f.seconds and isinstance(case := CASES.get(f.case), Scaling)]
     first = cases[0][1].contender if cases else ""
     for axis, (unit, power) in AXES.items():
         own = [(case, f) for case, f in cases if case.axis == axis and f.contender == first]
@@ -77,15 +78,17 @@ def scaling(found: Sequence[Figures], device: str) -> Iterator[str]:
         yield ""
 
 
-def compared(before: Sequence[Figures], after: Sequence[Figures]) -> Iterator[str]:
-    """What both took, with the ratio of medians: "faster" or "slower" where it is more than both spreads together."""
+def compared(before: Sequence[Figures], after: Sequence[Figures], *, alike: bool = True) -> Iterator[str]:
+    """What both took, with the ratio of medians: "faster" or "slower" where it is more than both spreads together,
+    there are rounds enough to tell, and the machines are alike."""
     old = {(f.case, f.contender): f for f in before if f.seconds}
     rows = [["case", "contender", "A", "B", "B / A", ""]]
     for new in after:
         if not new.seconds or (was := old.get((new.case, new.contender))) is None:
             continue
         ratio = new.median / was.median
-        sure = abs(ratio - 1) > was.spread + new.spread
+        enough = alike and min(len(was.seconds), len(new.seconds)) >= 3
+        sure = enough and abs(ratio - 1) > was.spread + new.spread
         verdict = ("slower" if ratio > 1 else "faster") if sure else ""
         rows.append([new.case, new.contender, duration(was.median), duration(new.median), f"{ratio:.2f}", verdict])
     if len(rows) > 1:
@@ -115,6 +118,7 @@ def circumstances() -> dict[str, Any]:
         blas = None
     return {
         "gpubackprop": gb.__version__, "commit": commit, "numpy": np.__version__, "python": platform.python_version(),
+        "cpu kernels": why_not_native() or f"{library().instructions}, {cores()} cores",
         "machine": f"{_processor()}, {os.cpu_count()} cores", "blas": blas,
         "date": datetime.now(UTC).isoformat("T", "seconds"),
     }  # fmt: skip

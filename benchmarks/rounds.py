@@ -39,7 +39,7 @@ def contenders(peers: Iterable[str], backends: Sequence[str]) -> list[Contender]
 
     ValueError for a name that is none.
     """
-    own = {"gpubackprop": tuple(backends), "products": tuple(backends[:1])}
+    own = {"gpubackprop": tuple(dict.fromkeys(backends)), "products": tuple(backends[:1])}
     found = [Contender(PEERS[name], variant) for name, variants in own.items() for variant in variants]
     for wanted in ("numpy", *peers):
         name, _, variant = wanted.partition(":")
@@ -137,7 +137,8 @@ def measure(case: Case, among: Iterable[Contender], repeats: int, *, smoke: bool
         for contender in among:
             if case.group not in contender.peer.groups:
                 continue
-            figures = Figures(case.name, case.group, case.unit, str(contender), size.flops, size.bytes)
+            name = f"{case.name}, smoke" if smoke else case.name
+            figures = Figures(name, case.group, case.unit, str(contender), size.flops, size.bytes)
             found.append(figures)
             if missing := contender.peer.missing:
                 figures.absent = f"not installed: {missing}"

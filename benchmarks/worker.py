@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 
 from .cases import CASES
-from .measure import peak_memory, timed
+from .measure import forget_peak, peak_memory, timed
 from .peers import PEERS, prepare
 
 __all__ = ["main"]
@@ -22,6 +22,7 @@ def main(peer: str, variant: str, name: str, size: str) -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     case = CASES[name].smoke() if size == "smoke" else CASES[name]
     import_module(f"{__package__}.peers.{peer}")
+    forget_peak()
     imported = peak_memory()
     prepared = prepare(peer, variant, case)
     if prepared is None:

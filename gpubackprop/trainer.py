@@ -350,7 +350,10 @@ class Trainer:
         return self.model.predict(x)
 
     def plan(self, batch_size: int = 128) -> Plan:
-        """The training step for a batch of that many rows, bound but not run: print it, add it up, profile it."""
+        """The training step for a batch of that many rows, bound but not run: print it, add it up, profile it.
+
+        It is fed from a stand-in of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
+        """
         _at_least_one("plan", batch_size=batch_size)
         columns = self.model.inputs
         if columns is None:

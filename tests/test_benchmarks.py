@@ -1,7 +1,10 @@
 """The benchmark suite at tiny sizes: it runs, its contenders compute the same, and what it prints and stores holds."""
 
 import json
+import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -83,7 +86,7 @@ def test_cases_are_chosen_by_name_group_and_pattern():
 def test_contenders_are_chosen_by_name_and_variant():
     names = [str(c) for c in contenders(["torch:compile", "jax"], ["cpu:reference", "cpu"])]
     own = ["gpubackprop cpu:reference", "gpubackprop cpu", "products cpu:reference"]
-    assert names == [*own, "numpy", "torch compile", "jax"]
+    assert names == [*own, "numpy", "torch compile", "jax step", "jax scan"]
     for wrong in ("torhc", "torch:jit", "gpubackprop"):
         with pytest.raises(ValueError, match=f"no peer '{wrong}'; choose from numpy, torch, torch:eager"):
             contenders([wrong], ["cpu"])
@@ -105,7 +108,7 @@ def test_a_contender_that_computes_something_else_is_named():
 
 def test_what_is_missing_and_what_fails_is_said(monkeypatch):
     absent = PEERS["jax"].__class__("jax", ("no_such_module",), ("train",))
-    monkeypatch.setitem(PEERS, "jax", absent)
+    monkeypatch.setitem(PEERS, "jax", absent)  # of one variant, without a name
     found = measure(CASES[TRAIN], contenders(["jax"], ["cpu", "cuda:7"]), 1, smoke=True)
     said = {f.contender: f.absent for f in found}
     assert said["jax"] == "not installed: pip install no_such_module"
@@ -158,10 +161,14 @@ def test_run_writes_what_compare_and_plot_read(tmp_path):
     done = command("compare", path, path)
     assert done.exit_code == 0 and TRAIN in done.output and "1.00" in done.output
     assert "faster" not in done.output and "slower" not in done.output
+    slower = [replace(f, seconds=[9 * s for s in f.seconds]) for f in found]
+    write(str(tmp_path / "b.json"), [replace(f, case=f.case.removesuffix(", smoke")) for f in slower])
+    assert "no measured case in common" in command("compare", path, str(tmp_path / "b.json")).output  # smoke is marked
     pytest.importorskip("matplotlib")
-    done = command("plot", path, "--out", str(tmp_path / "out"))
+    done = command("plot", str(tmp_path / "b.json"), "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"train.svg", "scaling-depth.svg"}
+    assert command("plot", path, "--out", path).exit_code == 1  # a file, no folder
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
@@ -184,6 +191,10 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
 def test_errors_of_the_command_line(tmp_path):
     assert "no case 'x'" in command("run", "--case", "x").output
     assert "no peer 'x'" in command("run", "--peers", "x").output
+    assert "no peer 'x'" in command("run", "--peers", "none, x").output
+    done = command("run", "--json", str(tmp_path / "no" / "a.json"), "--case", TRAIN)
+    assert done.exit_code == 2 and "No such file or directory" in done.output
+    assert "device 'cuda'" in command("run", "--backend", "cuda", "--case", TRAIN).output
     (tmp_path / "bad.json").write_text("{}")
     done = command("compare", str(tmp_path / "bad.json"), str(tmp_path / "bad.json"))
     assert done.exit_code == 1 and "not figures of" in done.output
@@ -202,7 +213,10 @@ def test_comparisons_are_sure_beyond_both_spreads():
     assert line.endswith("1.20  slower")
     [_, line] = compared([figures(seconds=slower)], [figures(seconds=steady)])
     assert line.endswith("0.83  faster")
-    [_, line] = compared([figures(seconds=noisy)], [figures(seconds=slower)])
+    for few in ({"seconds": noisy}, {"seconds": steady[:2]}):
+        [_, line] = compared([figures(**few)], [figures(seconds=slower)])
+        assert line.endswith("1.20")
+    [_, line] = compared([figures(seconds=steady)], [figures(seconds=slower)], alike=False)
     assert line.endswith("1.20")
 
 
@@ -229,6 +243,22 @@ def test_durations_have_three_digits():
     assert [duration(s) for s in (2.5, 0.0264, 26.4e-6, 0.264e-6, 123e-6, -2e-3)] == [
         "2.50 s", "26.4 ms", "26.4 µs", "264 ns", "123 µs", "-2.00 ms",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says")
+def test_memory_is_this_process_s_own():
+    """Neither the parent's peak nor what was freed before counts."""
+    code = """
+from benchmarks.measure import forget_peak, peak_memory
+def big(n): return len(bytearray(n))
+big(200_000_000); forget_peak(); before = peak_memory(); big(50_000_000)
+assert 45e6 < peak_memory() - before < 80e6, peak_memory() - before
+"""
+    held = np.ones(20_000_000)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and held.all(), done.stderr
 
 
 def test_cuda_is_timed_between_events_too(monkeypatch):

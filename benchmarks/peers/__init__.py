@@ -13,7 +13,7 @@ import numpy as np
 
 from ..cases import Case
 
-__all__ = ["PEERS", "Peer", "Prepared", "flat", "prepare", "repeated"]
+__all__ = ["PEERS", "Peer", "Prepared", "ends", "flat", "prepare", "repeated"]
 
 FEW = 64  # numbers of an array that are compared
 
@@ -57,7 +57,7 @@ PEERS = {
         Peer("products", ("numpy",), ("train", "scaling", "predict"), ("cpu",)),
         Peer("numpy", ("numpy",), ("update", "kernel", "import")),
         Peer("torch", ("torch",), _EVERYTHING, ("eager", "compile")),
-        Peer("jax", ("jax",), ("train", "scaling", "predict", "update", "kernel", "import")),
+        Peer("jax", ("jax",), ("train", "scaling", "predict", "update", "kernel", "import"), ("step", "scan")),
         Peer("sklearn", ("sklearn",), ("train", "predict", "import", "shell")),
         Peer("onnxruntime", ("onnxruntime", "onnx"), ("predict", "import")),
     )
@@ -75,6 +75,11 @@ def repeated(
         end()
 
     return Prepared(run, check, times)
+
+
+def ends(output: Any) -> list[float]:
+    """The first and the last rows of an output."""
+    return flat([output[:8], output[-8:]])
 
 
 def flat(arrays: Iterable[Any]) -> list[float]:

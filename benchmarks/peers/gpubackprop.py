@@ -13,7 +13,7 @@ from gpubackprop.optimizers import SGD, Adam, Optimizer, State
 from gpubackprop.plan import Plan
 
 from ..cases import Import, Kernel, Network, Predict, Shell, Train, Update
-from . import Prepared, flat, repeated
+from . import Prepared, ends, flat, repeated
 from .processes import script
 
 RULES: dict[str, Optimizer] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
@@ -51,7 +51,7 @@ def resident(case: Train, device: str) -> int:
 
 def predict(case: Predict, device: str) -> Prepared:
     model, x = _model(case, "relu").to(device), case.x()
-    return repeated(lambda: model.predict(x), case.calls, lambda: flat([model.predict(x[:8])]))
+    return repeated(lambda: model.predict(x), case.calls, lambda: ends(model.predict(x)))
 
 
 def update(case: Update, device: str) -> Prepared:

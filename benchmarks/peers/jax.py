@@ -1,4 +1,4 @@
-"""JAX on the CPU, jitted: a step is one call, the weights and moments donated to it."""
+"""JAX on the CPU, jitted, weights and moments donated: a call for each step, or one for an epoch, scanned."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..cases import Import, Kernel, Predict, Train, Update
-from . import Prepared, flat, repeated
+from . import Prepared, ends, flat, repeated
 from .processes import script
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False), "tanh": jnp.tanh}
@@ -28,7 +28,7 @@ def _adam(p: Any, g: Any, m: Any, v: Any, t: Any) -> tuple[Any, Any, Any]:
     return p - LR * (m / (1 - BETA1**t)) / (jnp.sqrt(v / (1 - BETA2**t)) + EPS), m, v
 
 
-def _epoch(case: Train) -> Callable[[Any, Any, bool], float]:
+def _epoch(case: Train, variant: str) -> Callable[[Any, Any, bool], float]:
     """The mean loss over an epoch of steps on new weights."""
 
     def loss(weights: Any, x: Any, y: Any) -> Any:
@@ -37,14 +37,18 @@ def _epoch(case: Train) -> Callable[[Any, Any, bool], float]:
             return jnp.mean((output - y) ** 2)
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(output), y[:, None], 1))
 
-    @partial(jax.jit, donate_argnums=(0,))
-    def step(state: Any, x: Any, y: Any, rows: Any) -> Any:
+    def one(state: Any, x: Any, y: Any, rows: Any) -> Any:
         weights, m, v, t, total = state
         value, gradients = jax.value_and_grad(loss)(weights, x[rows], y[rows])
         new = jax.tree.map(lambda p, g, m, v: _adam(p, g, m, v, t + 1), weights, gradients, m, v)
         weights, m, v = (jax.tree.map(lambda _, n, i=i: n[i], weights, new) for i in range(3))
         return weights, m, v, t + 1, total + value
 
+    @partial(jax.jit, donate_argnums=(0,))
+    def scanned(state: Any, x: Any, y: Any, order: Any) -> Any:
+        return jax.lax.scan(lambda s, rows: (one(s, x, y, rows), None), state, order)[0]
+
+    step = jax.jit(one, donate_argnums=(0,))
     weights = jax.tree.map(jnp.asarray, case.weights())
     zeros = partial(jax.tree.map, jnp.zeros_like, weights)
     state = weights, zeros(), zeros(), jnp.zeros(()), jnp.zeros(())
@@ -54,18 +58,22 @@ def _epoch(case: Train) -> Callable[[Any, Any, bool], float]:
         rng = np.random.default_rng(0)
         order = rng.permutation(len(x)) if shuffle else np.arange(len(x))
         before = float(state[-1])
-        for rows in order.reshape(-1, case.batch):
-            state = step(state, x, y, rows)
+        batches = order.reshape(-1, case.batch)
+        if variant == "scan":
+            state = scanned(state, x, y, batches)
+        else:
+            for rows in batches:
+                state = step(state, x, y, rows)
         return (float(state[-1]) - before) / (len(x) // case.batch)
 
     return epoch
 
 
 def train(case: Train, variant: str) -> Prepared:
-    epoch, (x, y) = _epoch(case), map(jnp.asarray, case.data())
+    epoch, (x, y) = _epoch(case, variant), map(jnp.asarray, case.data())
 
     def check() -> list[float]:
-        (few_x, few_y), once = map(jnp.asarray, case.data(4)), _epoch(case)
+        (few_x, few_y), once = map(jnp.asarray, case.data(4)), _epoch(case, variant)
         return [once(few_x, few_y, False) for _ in range(2)]
 
     def run() -> None:
@@ -75,17 +83,22 @@ def train(case: Train, variant: str) -> Prepared:
     return Prepared(run, check, case.steps * case.epochs)
 
 
-def predict(case: Predict, variant: str) -> Prepared:
+def predict(case: Predict, variant: str) -> Prepared | None:
+    if variant == "scan":  # of steps alone
+        return None
     weights, x = jax.tree.map(jnp.asarray, case.weights()), case.x()
     forward = jax.jit(partial(_forward, activation="relu"))
 
     def run() -> Any:
         return np.asarray(forward(weights, x))
 
-    return repeated(run, case.calls, lambda: flat([run()[:8]]))
+    return repeated(run, case.calls, lambda: ends(run()))
 
 
-def update(case: Update, variant: str) -> Prepared:
+def update(case: Update, variant: str) -> Prepared | None:
+    if variant == "scan":  # of steps alone
+        return None
+
     @partial(jax.jit, donate_argnums=(0,))
     def step(state: Any, g: Any) -> Any:
         p, m, v, t = state
@@ -130,11 +143,15 @@ KERNELS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def kernel(case: Kernel, variant: str) -> Prepared:
+def kernel(case: Kernel, variant: str) -> Prepared | None:
+    if variant == "scan":  # of steps alone
+        return None
     a, call = jax.tree.map(jnp.asarray, case.arrays()), jax.jit(KERNELS[case.kernel])
     once = partial(call, a)
     return repeated(lambda: jax.block_until_ready(once()), case.calls, lambda: flat(once()))
 
 
-def start(case: Import, variant: str) -> Prepared:
+def start(case: Import, variant: str) -> Prepared | None:
+    if variant == "scan":  # of steps alone
+        return None
     return script("import jax")

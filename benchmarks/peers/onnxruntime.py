@@ -9,7 +9,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from ..cases import Import, Predict
-from . import Prepared, flat, repeated
+from . import Prepared, ends, repeated
 from .processes import script
 
 
@@ -37,7 +37,7 @@ def _model(case: Predict) -> Any:
 def predict(case: Predict, variant: str) -> Prepared:
     session, x = onnxruntime.InferenceSession(_model(case), providers=["CPUExecutionProvider"]), case.x()
     run = partial(session.run, None, {"x": x})
-    return repeated(run, case.calls, lambda: flat([run()[0][:8]]))
+    return repeated(run, case.calls, lambda: ends(run()[0]))
 
 
 def start(case: Import, variant: str) -> Prepared:

@@ -8,7 +8,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from ..cases import Import, Predict, Shell, Train
-from . import Prepared, flat, repeated
+from . import Prepared, ends, repeated
 from .processes import script
 
 ACTIVATIONS = {"relu": "relu", "tanh": "tanh"}
@@ -62,7 +62,7 @@ def predict(case: Predict, variant: str) -> Prepared:
     _epoch(model, few, *few.data(1))  # which makes its arrays
     model.coefs_, model.intercepts_ = (list(a) for a in zip(*case.weights(), strict=True))
     model.out_activation_ = "identity"  # logits, as elsewhere
-    return repeated(lambda: model._forward_pass_fast(x), case.calls, lambda: flat([model._forward_pass_fast(x)[:8]]))
+    return repeated(lambda: model._forward_pass_fast(x), case.calls, lambda: ends(model._forward_pass_fast(x)))
 
 
 def start(case: Import, variant: str) -> Prepared:

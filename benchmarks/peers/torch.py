@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..cases import Import, Kernel, Network, Predict, Shell, Train, Update
-from . import Prepared, flat, repeated
+from . import Prepared, ends, flat, repeated
 from .processes import script
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -68,10 +68,13 @@ def predict(case: Predict, variant: str) -> Prepared:
         with torch.inference_mode():
             return forward(x).numpy()
 
-    return repeated(run, case.calls, lambda: flat([run()[:8]]))
+    return repeated(run, case.calls, lambda: ends(run()))
 
 
-def update(case: Update, variant: str) -> Prepared:
+def update(case: Update, variant: str) -> Prepared | None:
+    if variant == "compile":
+        return None
+
     def made() -> tuple[Any, Any]:
         p, g = map(torch.from_numpy, case.arrays())
         p.grad = g
@@ -79,16 +82,13 @@ def update(case: Update, variant: str) -> Prepared:
             return p, torch.optim.Adam([p], fused=True)
         return p, torch.optim.SGD([p], lr=1e-2, momentum=0.9 if case.rule == "momentum" else 0, fused=True)
 
-    _, optimizer = made()
-    step = torch.compile(lambda: optimizer.step()) if variant == "compile" else optimizer.step
-
     def check() -> list[float]:
         p, few = made()
         for _ in range(3):
             few.step()
         return flat([p])
 
-    return repeated(step, case.calls, check)
+    return repeated(made()[1].step, case.calls, check)
 
 
 def _cross_entropy(a: dict[str, Any]) -> tuple[Any, Any]:
@@ -127,7 +127,7 @@ def shell(case: Shell, variant: str) -> Prepared | None:
         return None
     layers = ", nn.ReLU(), ".join(f"nn.Linear({a}, {b})" for a, b in pairwise(case.sizes))
     return script(f"""
-import gzip, importlib.util, pathlib
+import importlib.util, pathlib
 import numpy as np, torch
 from torch import nn
 digits = np.load(pathlib.Path(importlib.util.find_spec("gpubackprop").origin).parent / "data/digits.npz")
