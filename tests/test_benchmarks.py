@@ -168,7 +168,7 @@ def test_run_writes_what_compare_and_plot_read(tmp_path):
     done = command("plot", str(tmp_path / "b.json"), "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"train.svg", "scaling-depth.svg"}
-    assert command("plot", path, "--out", path).exit_code == 1  # a file, no folder
+    assert command("plot", str(tmp_path / "b.json"), "--out", f"{path}/under").exit_code == 1  # a file, no folder
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
@@ -215,7 +215,7 @@ def test_comparisons_are_sure_beyond_both_spreads():
     assert line.endswith("0.83  faster")
     for few in ({"seconds": noisy}, {"seconds": steady[:2]}):
         [_, line] = compared([figures(**few)], [figures(seconds=slower)])
-        assert line.endswith("1.20")
+        assert not line.endswith("er")
     [_, line] = compared([figures(seconds=steady)], [figures(seconds=slower)], alike=False)
     assert line.endswith("1.20")
 
