@@ -54,9 +54,9 @@ struct Dropout {
         const Word below = Word(threshold);
         const R factor = *scale;
         if (accumulate) {
-            LOOP for (Index e = 0; e < count; ++e) to[e] = to[e] + (all | (words[e] < below) ? from[e] * factor : R(0));
+            LOOP for (Index e = 0; e < count; ++e) to[e] = to[e] + ((all | (words[e] < below)) ? from[e] * factor : R(0));
         } else {
-            LOOP for (Index e = 0; e < count; ++e) to[e] = all | (words[e] < below) ? from[e] * factor : R(0);
+            LOOP for (Index e = 0; e < count; ++e) to[e] = (all | (words[e] < below)) ? from[e] * factor : R(0);
         }
     }
 };
