@@ -32,6 +32,10 @@ def host() -> ModuleType:
     return host
 
 
+GENERATOR = host()
+DIGEST = GENERATOR.digest()
+
+
 class Build(build_ext):
     """Writes the sources, then compiles them."""
 
@@ -40,18 +44,17 @@ class Build(build_ext):
         self.parallel = self.parallel or os.cpu_count()
 
     def build_extension(self, ext: Extension) -> None:
-        generator = host()
         target = Path(self.get_ext_fullpath(ext.name))
         there = ROOT.joinpath(*ext.name.split(".")[:-1], target.name)
-        mark = f"{generator.digest()} by {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+        mark = f"{DIGEST} by {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
         if there != target and there.exists() and mark.encode() in there.read_bytes():  # an editable install, again
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(there, target)
             return
         folder = Path(self.build_temp) / ext.name.rpartition(".")[2]
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {dtype: generator.unit(dtype) for dtype in generator.DTYPES}
-        texts["pool"] = f'#define DIGEST "{generator.digest()}" "\\0" "{mark}"\n#include <pool.cpp>\n'
+        texts = {dtype: GENERATOR.unit(dtype) for dtype in GENERATOR.DTYPES}
+        texts["pool"] = f'#define DIGEST "{DIGEST}" "\\0" "{mark}"\n#include <pool.cpp>\n'
         for name, text in texts.items():
             (source := folder / f"{name}.cpp").write_text(text, encoding="utf-8")
             ext.sources.append(str(source))
@@ -62,7 +65,7 @@ class Build(build_ext):
 
 
 machine = platform.machine()
-sets = {"base": []} | (host().INSTRUCTION_SETS if machine in ("x86_64", "AMD64") else {})
+sets = {"base": []} | (GENERATOR.INSTRUCTION_SETS if machine in ("x86_64", "AMD64") else {})
 setup(
     cmdclass={"build_ext": Build},
     ext_modules=[

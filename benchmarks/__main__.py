@@ -18,7 +18,7 @@ from .cuda import ARCHITECTURES, CompileError
 from .inventory import inventory
 from .ledger import PATH, Ledger, Measured, measured, value_for, violations
 from .plot import plot as pictures
-from .report import compared, duration, read, scaling, table, write
+from .report import columns_of, compared, duration, read, scaling, table, write
 from .rounds import Figures, contenders, disagreement, measure
 
 
@@ -195,11 +195,7 @@ def _table(ledger: Ledger, names: Collection[str], arch: str | None, dtype: str 
         raise click.ClickException(f"{', '.join(names)}: not with types {dtype!r}")
     heads = [head.split() for head in ["kernel", "types", *next(iter(ledger.lines.values()))]]
     upper, lower = [h[0] if len(h) > 1 else "" for h in heads], [h[-1] for h in heads]
-    rows = [upper, lower, *rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    for row in rows:
-        cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        yield "  ".join(cells).rstrip()
+    yield from columns_of([upper, lower, *rows], left=2)
 
 
 def _no_kernel(name: str, known: Iterable[str]) -> str:

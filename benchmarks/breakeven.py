@@ -35,8 +35,7 @@ class Cell:
 
 def model(case: Train, gpu: str, precision: str, launch: float) -> float:
     """A GPU's seconds for a step, by its published peaks and a cost for each launch."""
-    loss = "cross_entropy" if case.classifies else "mse"
-    trainer = gb.Trainer(gb.mlp(list(case.sizes)), loss, device="cuda:plan", precision=precision, seed=0)
+    trainer = gb.Trainer(gb.mlp(list(case.sizes)), case.loss, device="cuda:plan", precision=precision, seed=0)
     plan = trainer.plan(case.batch)
     return sum(seconds for _, seconds, _ in modelled(plan, GPUS[gpu], precision)) + launch * launches(plan)
 

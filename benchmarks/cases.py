@@ -18,6 +18,11 @@ Array = npt.NDArray[Any]
 ROWS = 1024  # that a forward pass takes at once
 
 
+def _calls(work: int, each: int) -> int:
+    """How many calls do so much work, if each does that; 1 to 1000."""
+    return min(1000, max(1, work // each))
+
+
 @dataclass(frozen=True)
 class Case:
     """One line of the suite. Figures are per `unit`, of which a call takes as many as a peer's Prepared says."""
@@ -90,6 +95,11 @@ class Train(Network):
         """Whether the loss is cross entropy of labels; else the mean squared error of all outputs."""
         return self.sizes[-1] <= 10
 
+    @property
+    def loss(self) -> str:
+        """That loss, as this library calls it."""
+        return "cross_entropy" if self.classifies else "mse"
+
     def data(self, steps: int | None = None) -> tuple[Array, Array]:
         """Inputs and labels or targets for that many steps (None: an epoch)."""
         rng, rows = np.random.default_rng(0), self.batch * (steps or self.steps)
@@ -134,7 +144,7 @@ class Predict(Network):
     @property
     def calls(self) -> int:
         """How many calls one measurement takes."""
-        return min(1000, max(1, 10**10 // self.flops))
+        return _calls(10**10, self.flops)
 
     def x(self) -> Array:
         """The rows."""
@@ -166,7 +176,7 @@ class Update(Case):
     @property
     def calls(self) -> int:
         """How many updates one measurement takes."""
-        return min(1000, max(1, 4_000_000 // self.parameters))
+        return _calls(4_000_000, self.parameters)
 
     def arrays(self) -> tuple[Array, Array]:
         """Parameters and their gradient."""
@@ -211,7 +221,7 @@ class Kernel(Case):
     @property
     def calls(self) -> int:
         """How many launches one measurement takes."""
-        return min(1000, max(1, 8_000_000 // (self.rows * self.columns)))
+        return _calls(8_000_000, self.rows * self.columns)
 
     def arrays(self) -> dict[str, Array]:
         """x and dy (rows, columns), gain and bias (columns), labels (rows)."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import CASES, Scaling
+from .report import along
 from .rounds import Figures
 
 __all__ = ["plot"]
@@ -21,10 +21,10 @@ def plot(figures: Sequence[Figures], about: dict[str, Any], folder: Path) -> lis
         figure = Figure(layout="constrained")
         _bars(figure, [f for f in taken if f.group == group])
         written.append(_save(figure, f"{group}: time relative to gpubackprop\n{caption}", folder / f"{group}.svg"))
-    curves = [(CASES[f.case], f) for f in taken if f.case in CASES]
-    for axis in dict.fromkeys(case.axis for case, _ in curves if isinstance(case, Scaling)):
+    curves = list(along(taken))
+    for axis in dict.fromkeys(case.axis for case, _ in curves):
         figure = Figure(layout="constrained")
-        _curves(figure, axis, [(c.value, f) for c, f in curves if isinstance(c, Scaling) and c.axis == axis])
+        _curves(figure, axis, [(case.value, f) for case, f in curves if case.axis == axis])
         written.append(_save(figure, f"a step's time by {axis}\n{caption}", folder / f"scaling-{axis}.svg"))
     return written
 

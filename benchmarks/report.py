@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from .measure import median_and_spread
 from .peers.gpubackprop import resident
 from .rounds import Figures
 
-__all__ = ["circumstances", "compared", "duration", "read", "scaling", "table", "write"]
+__all__ = ["along", "circumstances", "columns_of", "compared", "duration", "read", "scaling", "table", "write"]
 
 
 AXES = {"batch": ("row", 1), "width": ("unit²", 2), "depth": ("layer", 1), "samples": ("sample", 1)}
@@ -27,11 +27,10 @@ AXES = {"batch": ("row", 1), "width": ("unit²", 2), "depth": ("layer", 1), "sam
 
 def duration(seconds: float) -> str:
     """Three digits and a unit: 26.4 µs."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6), ("ns", 1e9)):
-        if abs(seconds) * factor >= 1 or unit == "ns":
-            value = seconds * factor
-            return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(abs(value), 1e-3)))))}f} {unit}"
-    raise AssertionError
+    units = (("s", 1.0), ("ms", 1e3), ("µs", 1e6))
+    unit, factor = next(((u, f) for u, f in units if abs(seconds) * f >= 1), ("ns", 1e9))
+    value = seconds * factor
+    return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(abs(value), 1e-3)))))}f} {unit}"
 
 
 def table(found: Sequence[Figures]) -> Iterator[str]:
@@ -54,13 +53,20 @@ def table(found: Sequence[Figures]) -> Iterator[str]:
     }
     filled = {head: cells for head, of in columns.items() if any(cells := [of(f) for f in taken])}
     rows = [[base.case, *filled], *([f.contender, *cells] for f, *cells in zip(taken, *filled.values(), strict=True))]
-    yield from _columns(rows)
+    yield from columns_of(rows)
     yield from (f"{f.contender}: {f.absent}" for f in found if f.absent)
+
+
+def along(found: Iterable[Figures]) -> Iterator[tuple[Scaling, Figures]]:
+    """The measured figures of the scaling cases, with the cases."""
+    for f in found:
+        if f.seconds and isinstance(case := CASES.get(f.case), Scaling):
+            yield case, f
 
 
 def scaling(found: Sequence[Figures], device: str) -> Iterator[str]:
     """For each axis: what an epoch takes, how much of it each added row, layer, … took, and what the plan holds."""
-    cases = [(case, f) for f in found if f.seconds and isinstance(case := CASES.get(f.case), Scaling)]
+    cases = list(along(found))
     first = cases[0][1].contender if cases else ""
     for axis, (unit, power) in AXES.items():
         own = [(case, f) for case, f in cases if case.axis == axis and f.contender == first]
@@ -74,7 +80,7 @@ def scaling(found: Sequence[Figures], device: str) -> Iterator[str]:
             more = "" if before is None else duration((cost - before[0]) / (amount - before[1]))
             rows.append([str(case.value), duration(f.median), more, f"{resident(case, device) / 1e6:.2f} MB"])
             before = cost, amount
-        yield from _columns(rows)
+        yield from columns_of(rows)
         yield ""
 
 
@@ -92,10 +98,10 @@ def compared(before: Sequence[Figures], after: Sequence[Figures], *, alike: bool
         verdict = ("slower" if ratio > 1 else "faster") if sure else ""
         rows.append([new.case, new.contender, duration(was.median), duration(new.median), f"{ratio:.2f}", verdict])
     if len(rows) > 1:
-        yield from _columns(rows, left=2)
+        yield from columns_of(rows, left=2)
 
 
-def _columns(rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
+def columns_of(rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
     """Columns as wide as they need, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

@@ -17,6 +17,7 @@ import numpy as np
 from .cases import Case
 from .measure import median_and_spread
 from .peers import PEERS, Peer
+from .peers.processes import last_words
 
 __all__ = ["Contender", "Figures", "contenders", "disagreement", "measure"]
 
@@ -117,8 +118,7 @@ class _Process:
             return answer
         self._process.wait()
         self._said.seek(0)
-        words = self._said.read().strip().splitlines()
-        raise ChildProcessError(words[-1] if words else f"exit status {self._process.returncode}")
+        raise ChildProcessError(last_words(self._said.read(), self._process.returncode))
 
     def measure(self) -> dict[str, Any]:
         """One measurement."""
@@ -132,12 +132,11 @@ def measure(case: Case, among: Iterable[Contender], repeats: int, *, smoke: bool
     """The figures of all contenders that can do the case, or why there are none; every round takes them in turn."""
     found: list[Figures] = []
     running: list[tuple[Figures, _Process, int]] = []
-    size = case.smoke() if smoke else case
+    size, name = (case.smoke(), f"{case.name}, smoke") if smoke else (case, case.name)
     with ExitStack() as stack:
         for contender in among:
-            if case.group not in contender.peer.groups:
+            if not contender.peer.does(contender.variant, case):
                 continue
-            name = f"{case.name}, smoke" if smoke else case.name
             figures = Figures(name, case.group, case.unit, str(contender), size.flops, size.bytes)
             found.append(figures)
             if missing := contender.peer.missing:

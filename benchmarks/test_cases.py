@@ -12,7 +12,7 @@ from .cases import CASES, Case
 from .measure import median_and_spread
 from .peers import PEERS, Peer, prepare
 
-CHOICES = [(c, p, v) for c in CASES.values() for p in PEERS.values() if c.group in p.groups for v in p.variants]
+CHOICES = [(c, p, v) for c in CASES.values() for p in PEERS.values() for v in p.variants if p.does(v, c)]
 
 
 @pytest.mark.parametrize("case, peer, variant", CHOICES, ids=lambda v: getattr(v, "name", v))

@@ -18,6 +18,7 @@ __all__ = [
     "check_same_length",
     "on_host",
     "split",
+    "surely_finite",
 ]
 
 Array = NDArray[Any]
@@ -175,9 +176,9 @@ def _cast(a: Array, dtype: DTypeLike, where: str, name: str, finite: bool = True
     """a in `dtype`, C-contiguous and aligned, copied only if it is not; NaN and infinity raise, unless finite=False."""
     with np.errstate(all="ignore"):
         out: Array = np.require(a, dtype, ["C", "A"])
-        if not finite or a.dtype.kind in "biu" or np.isfinite(out.sum()):  # one pass
-            return out
-    good = np.isfinite(out)  # finite values may overflow a sum, so look
+    if not finite or a.dtype.kind in "biu" or surely_finite(out):
+        return out
+    good = np.isfinite(out)
     if good.all():
         return out
     place = tuple(int(i) for i in np.unravel_index(int(good.argmin()), a.shape))
@@ -186,6 +187,12 @@ def _cast(a: Array, dtype: DTypeLike, where: str, name: str, finite: bool = True
         raise ValueError(f"{where}: {name} has {_kind(value)} at row {at}; remove or fill such rows")
     remedy = f"scale {name}" + (' or use dtype="float64"' if out.itemsize < 8 else "")
     raise ValueError(f"{where}: {name} has {value:.3g} at row {at}, too large for {out.dtype}; {remedy}")
+
+
+def surely_finite(a: Array) -> bool:
+    """Whether the sum is finite: then so are all elements, in one pass. Finite ones may overflow it: then look."""
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(a.sum()))
 
 
 def _kind(value: Any) -> str:

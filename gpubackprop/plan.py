@@ -193,9 +193,9 @@ def held(*roots: object) -> list[Buffer]:
     A launch keeps alive what it works with, wherever it has it: in a partial, a closure, an object, or in `kept`, which
     stands for all that an object has.
     """
-    todo, seen, found = list(roots), dict[int, object](), dict[int, Buffer]()
-    while todo:
-        thing = todo.pop()
+    ahead, seen, found = list(roots), dict[int, object](), dict[int, Buffer]()
+    while ahead:
+        thing = ahead.pop()
         if id(thing) in seen or isinstance(thing, type | ModuleType):
             continue
         seen[id(thing)] = thing
@@ -203,11 +203,11 @@ def held(*roots: object) -> list[Buffer]:
             owner = _owner(thing)
             found[id(owner)] = owner
         elif hasattr(thing, "kept"):
-            todo.append(thing.kept)
+            ahead.append(thing.kept)
         elif isinstance(thing, FunctionType):
-            todo += thing.__closure__, thing.__defaults__, thing.__kwdefaults__  # not the module's globals
+            ahead += thing.__closure__, thing.__defaults__, thing.__kwdefaults__  # not the module's globals
         else:
-            todo += gc.get_referents(thing)
+            ahead += gc.get_referents(thing)
     return list(found.values())
 
 

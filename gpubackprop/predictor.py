@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, is_on_device
-from gpubackprop.data import as_features
+from gpubackprop.data import as_features, surely_finite
 from gpubackprop.device_data import on_device
 from gpubackprop.plan import Plan
 from gpubackprop.tensor import Tensor
@@ -49,18 +48,18 @@ class Predictor:
         """The model's output for every row of x, as a buffer of the model's device."""
         homes = model.homes()
         dtype = homes[0].dtype if homes else model.dtype
-        if is_on_device(x):
-            rows, check = on_device(x, model.backend, dtype, model.inputs, "predict", "x"), _nothing
-        else:  # looked at part by part, while each is in the cache
-            rows = as_features(x, dtype, model.inputs, "predict", finite=False)
-            check = partial(_check_finite, lambda: as_features(x, dtype, model.inputs, "predict"))
+        door = partial(as_features, x, dtype, model.inputs, "predict")
+        if host := not is_on_device(x):  # looked at part by part, while each is in the cache
+            rows = door(finite=False)
+        else:
+            rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
         with self.lock:
             recorded = [*homes, *(part for _, layer in model.named_layers() for part in _settings(layer))]
             if recorded != self._recorded:  # other arenas, other layers, or a layer with another setting
                 self._recorded, self._forwards = recorded, {}
-            return self._predict(model, rows, homes[0].backend if homes else model.backend, check)
+            return self._predict(model, rows, homes[0].backend if homes else model.backend, door if host else None)
 
-    def _predict(self, model: "Layer", rows: Buffer, backend: Backend, check: Callable[[Buffer], object]) -> Buffer:
+    def _predict(self, model: "Layer", rows: Buffer, backend: Backend, complain: Callable[[], object] | None) -> Buffer:
         n = min(max(2, 1 << (len(rows) - 1).bit_length()), CHUNK_ROWS)
         key = (n, rows.shape[1])
         if key not in self._forwards:
@@ -69,7 +68,8 @@ class Predictor:
         out = backend.empty((len(rows), *forward.output.shape[1:]), forward.output.dtype)
         for start in range(0, len(rows), n):
             part = rows[start : start + n]
-            check(part)
+            if complain is not None and not surely_finite(part):
+                complain()
             backend.write(forward.x[: len(part)], part)
             forward.plan.replay("predict")
             backend.write(out[start : start + len(part)], forward.output[: len(part)])
@@ -82,17 +82,6 @@ def _settings(layer: "Layer") -> Iterator[Any]:
     for name, value in vars(layer).items():
         if isinstance(value, int | float | str) and not name.startswith("_"):
             yield value
-
-
-def _nothing(part: Buffer) -> None:
-    pass
-
-
-def _check_finite(complain: Callable[[], object], part: Buffer) -> None:
-    """Where the sum is not finite something may be wrong, or finite values overflow it."""
-    with np.errstate(all="ignore"):
-        if not np.isfinite(part.sum()):
-            complain()
 
 
 def _record(model: "Layer", rows: int, columns: int, dtype: npt.DTypeLike) -> _Forward:

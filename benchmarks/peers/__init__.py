@@ -4,16 +4,19 @@ A function takes the case and the variant of the peer, and returns what is timed
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from ..cases import Case
+from ..cases import Case, Train, Update
 
-__all__ = ["PEERS", "Peer", "Prepared", "ends", "flat", "prepare", "repeated"]
+__all__ = ["PEERS", "Peer", "Prepared", "ends", "epochs", "flat", "prepare", "repeated", "updates"]
+
+Epoch = Callable[[Any, Any, bool], float]
+Step = Callable[[], object]
 
 FEW = 64  # numbers of an array that are compared
 
@@ -29,12 +32,17 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Peer:
-    """A library: the modules it takes, the groups of cases it can do, and its variants."""
+    """A library: the modules it takes, the groups of cases it can do, its variants, and those that do only some."""
 
     name: str
     modules: tuple[str, ...]
     groups: tuple[str, ...]
     variants: tuple[str, ...] = ("",)
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def does(self, variant: str, case: Case) -> bool:
+        """Whether the variant is for cases of that group; of those it may still have no way to do one."""
+        return case.group in self.only.get(variant, self.groups)
 
     @property
     def missing(self) -> str:
@@ -56,12 +64,14 @@ PEERS = {
         Peer("gpubackprop", ("gpubackprop",), _EVERYTHING, ("cpu",)),
         Peer("products", ("numpy",), ("train", "scaling", "predict"), ("cpu",)),
         Peer("numpy", ("numpy",), ("update", "kernel", "import")),
-        Peer("torch", ("torch",), _EVERYTHING, ("eager", "compile")),
-        Peer("jax", ("jax",), ("train", "scaling", "predict", "update", "kernel", "import"), ("step", "scan")),
+        Peer("torch", ("torch",), _EVERYTHING, ("eager", "compile"),
+             {"compile": ("train", "scaling", "predict", "kernel")}),
+        Peer("jax", ("jax",), ("train", "scaling", "predict", "update", "kernel", "import"), ("step", "scan"),
+             {"scan": ("train", "scaling")}),
         Peer("sklearn", ("sklearn",), ("train", "predict", "import", "shell")),
         Peer("onnxruntime", ("onnxruntime", "onnx"), ("predict", "import")),
     )
-}
+}  # fmt: skip
 
 
 def repeated(
@@ -75,6 +85,36 @@ def repeated(
         end()
 
     return Prepared(run, check, times)
+
+
+def epochs(case: Train, new: Callable[[], Epoch], array: Callable[[Any], Any]) -> Prepared:
+    """Training by what `new` starts: epoch(x, y, shuffle) goes on for one, and returns its mean loss."""
+    epoch, (x, y) = new(), map(array, case.data())
+
+    def run() -> None:
+        for _ in range(case.epochs):
+            epoch(x, y, True)
+
+    def check() -> list[float]:
+        (few_x, few_y), once = map(array, case.data(4)), new()
+        return [once(few_x, few_y, False) for _ in range(2)]
+
+    return Prepared(run, check, case.steps * case.epochs)
+
+
+def updates(
+    case: Update, new: Callable[[], tuple[Step, Callable[[], Any]]], end: Callable[[], object] = lambda: None
+) -> Prepared:
+    """Steps of the optimizer that `new` starts, which comes with what reads its parameters."""
+
+    def check() -> list[float]:
+        step, read = new()
+        for _ in range(3):
+            step()
+        return flat([read()])
+
+    step, _ = new()
+    return repeated(step, case.calls, check, end)
 
 
 def ends(output: Any) -> list[float]:

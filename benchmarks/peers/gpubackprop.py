@@ -1,5 +1,6 @@
 """This library, on the device that the variant names."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from gpubackprop.optimizers import SGD, Adam, Optimizer, State
 from gpubackprop.plan import Plan
 
 from ..cases import Import, Kernel, Network, Predict, Shell, Train, Update
-from . import Prepared, ends, flat, repeated
+from . import Prepared, ends, flat, repeated, updates
 from .processes import script
 
 RULES: dict[str, Optimizer] = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adam": Adam()}
@@ -27,8 +28,7 @@ def _model(case: Network, activation: str) -> gb.Sequential:
 
 
 def _trainer(case: Train, device: str) -> gb.Trainer:
-    loss = "cross_entropy" if case.classifies else "mse"
-    return gb.Trainer(_model(case, case.activation), loss, gb.Adam(), metrics=[], device=device, seed=0)
+    return gb.Trainer(_model(case, case.activation), case.loss, gb.Adam(), metrics=[], device=device, seed=0)
 
 
 def train(case: Train, device: str) -> Prepared:
@@ -55,26 +55,21 @@ def predict(case: Predict, device: str) -> Prepared:
 
 
 def update(case: Update, device: str) -> Prepared:
-    def made() -> tuple[Plan, Arena]:
-        backend, (p, g) = get_backend(device), case.arrays()
-        arena = Arena({"p": Parameter(p.shape)}, backend, "float32")
+    back = get_backend(device)
+
+    def new() -> tuple[Callable[[], object], Callable[[], Any]]:
+        p, g = case.arrays()
+        arena = Arena({"p": Parameter(p.shape)}, back, "float32")
         for buffer, value in ((arena.weights, p), (arena.gradients, g)):
-            backend.write(arena.slice(buffer, "p"), value)
-        state, plan = State(RULES[case.rule], arena), Plan(backend, dry=True)
-        table = backend.step_table(list(state.scalars), "float32", 1024)
+            back.write(arena.slice(buffer, "p"), value)
+        state, plan = State(RULES[case.rule], arena), Plan(back, dry=True)
+        table = back.step_table(list(state.scalars), "float32", 1024)
         table.load(np.stack(list(state.table_rows(1, 1024).values()), axis=1), np.zeros(1024, np.int64), 1)
         with plan.record("update"):
             state.record(table)
-        return plan, arena
+        return plan.sequence(), lambda: back.to_numpy(arena.slice(arena.weights, "p"))
 
-    def check() -> list[float]:
-        plan, arena = made()
-        for _ in range(3):
-            plan.replay()
-        return flat([arena.backend.to_numpy(arena.slice(arena.weights, "p"))])
-
-    plan, arena = made()
-    return repeated(plan.sequence(), case.calls, check, arena.backend.synchronize)
+    return updates(case, new, back.synchronize)
 
 
 def kernel(case: Kernel, device: str) -> Prepared:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..cases import Import, Kernel, Predict, Train, Update
-from . import Prepared, ends, flat, repeated
+from . import Prepared, ends, epochs, flat, repeated, updates
 from .processes import script
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False), "tanh": jnp.tanh}
@@ -70,22 +70,10 @@ def _epoch(case: Train, variant: str) -> Callable[[Any, Any, bool], float]:
 
 
 def train(case: Train, variant: str) -> Prepared:
-    epoch, (x, y) = _epoch(case, variant), map(jnp.asarray, case.data())
-
-    def check() -> list[float]:
-        (few_x, few_y), once = map(jnp.asarray, case.data(4)), _epoch(case, variant)
-        return [once(few_x, few_y, False) for _ in range(2)]
-
-    def run() -> None:
-        for _ in range(case.epochs):
-            epoch(x, y, True)
-
-    return Prepared(run, check, case.steps * case.epochs)
+    return epochs(case, lambda: _epoch(case, variant), jnp.asarray)
 
 
-def predict(case: Predict, variant: str) -> Prepared | None:
-    if variant == "scan":  # of steps alone
-        return None
+def predict(case: Predict, variant: str) -> Prepared:
     weights, x = jax.tree.map(jnp.asarray, case.weights()), case.x()
     forward = jax.jit(partial(_forward, activation="relu"))
 
@@ -95,9 +83,7 @@ def predict(case: Predict, variant: str) -> Prepared | None:
     return repeated(run, case.calls, lambda: ends(run()))
 
 
-def update(case: Update, variant: str) -> Prepared | None:
-    if variant == "scan":  # of steps alone
-        return None
+def update(case: Update, variant: str) -> Prepared:
 
     @partial(jax.jit, donate_argnums=(0,))
     def step(state: Any, g: Any) -> Any:
@@ -107,23 +93,19 @@ def update(case: Update, variant: str) -> Prepared | None:
         m = (0.9 if case.rule == "momentum" else 0) * m + g
         return p - 1e-2 * m, m, v, t + 1
 
-    def made() -> tuple[Any, Any]:
+    latest: Any = None
+
+    def new() -> tuple[Callable[[], None], Callable[[], Any]]:
         p, g = map(jnp.asarray, case.arrays())
-        return (p, jnp.zeros_like(p), jnp.zeros_like(p), jnp.zeros(())), g
+        state = p, jnp.zeros_like(p), jnp.zeros_like(p), jnp.zeros(())
 
-    state, g = made()
+        def call() -> None:
+            nonlocal state, latest
+            latest = state = step(state, g)
 
-    def check() -> list[float]:
-        few, g = made()
-        for _ in range(3):
-            few = step(few, g)
-        return flat([few[0]])
+        return call, lambda: state[0]
 
-    def call() -> None:
-        nonlocal state
-        state = step(state, g)
-
-    return repeated(call, case.calls, check, lambda: jax.block_until_ready(state))
+    return updates(case, new, lambda: jax.block_until_ready(latest))
 
 
 def _cross_entropy(x: Any, labels: Any) -> Any:
@@ -143,15 +125,11 @@ KERNELS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def kernel(case: Kernel, variant: str) -> Prepared | None:
-    if variant == "scan":  # of steps alone
-        return None
+def kernel(case: Kernel, variant: str) -> Prepared:
     a, call = jax.tree.map(jnp.asarray, case.arrays()), jax.jit(KERNELS[case.kernel])
     once = partial(call, a)
     return repeated(lambda: jax.block_until_ready(once()), case.calls, lambda: flat(once()))
 
 
-def start(case: Import, variant: str) -> Prepared | None:
-    if variant == "scan":  # of steps alone
-        return None
+def start(case: Import, variant: str) -> Prepared:
     return script("import jax")

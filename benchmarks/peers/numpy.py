@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..cases import Import, Kernel, Update
-from . import Prepared, flat, repeated
+from . import Prepared, flat, repeated, updates
 from .processes import script
 
 Array = Any
@@ -15,7 +15,7 @@ Array = Any
 def update(case: Update, variant: str) -> Prepared:
     lr, beta1, beta2, eps = {"sgd": 1e-2, "momentum": 1e-2, "adam": 1e-3}[case.rule], 0.9, 0.999, 1e-8
 
-    def made() -> tuple[Array, Callable[[], None]]:
+    def new() -> tuple[Callable[[], None], Callable[[], Array]]:
         p, g = case.arrays()
         m, v, z, t = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p), 0
 
@@ -32,15 +32,9 @@ def update(case: Update, variant: str) -> Prepared:
             else:
                 p -= lr * g
 
-        return p, step
+        return step, lambda: p
 
-    def check() -> list[float]:
-        p, step = made()
-        for _ in range(3):
-            step()
-        return flat([p])
-
-    return repeated(made()[1], case.calls, check)
+    return updates(case, new)
 
 
 def _cross_entropy(x: Array, labels: Array) -> list[Array]:

@@ -24,11 +24,11 @@ def _model(case: Predict) -> Any:
         if i < len(case.sizes) - 2:
             nodes.append(helper.make_node("Relu", [last], [f"y{i}"]))
             last = f"y{i}"
-    ends = [
+    outer = [
         helper.make_tensor_value_info(k, TensorProto.FLOAT, [None, n])
         for k, n in (("x", case.sizes[0]), (last, case.sizes[-1]))
     ]
-    graph = helper.make_graph(nodes, "mlp", ends[:1], ends[1:], constants)
+    graph = helper.make_graph(nodes, "mlp", outer[:1], outer[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return model.SerializeToString()

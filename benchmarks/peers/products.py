@@ -8,22 +8,20 @@ import numpy as np
 from gpubackprop.backends import get_backend
 
 from ..cases import ROWS, Predict, Train
-from . import Prepared
+from . import Prepared, repeated
 
 Product = tuple[Any, Any, Any]
 
 
-def _prepared(products: list[Product], times: int, device: str, units: int) -> Prepared:
+def _prepared(products: list[Product], times: int, device: str) -> Prepared:
     backend = get_backend(device)
     matmul = backend.xp.matmul
 
-    def run() -> None:
-        for _ in range(times):
-            for left, right, out in products:
-                matmul(left, right, out=out)
-        backend.synchronize()
+    def call() -> None:
+        for left, right, out in products:
+            matmul(left, right, out=out)
 
-    return Prepared(run, list, units)
+    return repeated(call, times, list, backend.synchronize)
 
 
 def train(case: Train, device: str) -> Prepared:
@@ -34,8 +32,7 @@ def train(case: Train, device: str) -> Prepared:
         y, dw, dx = (back.asarray(np.ones(s, np.float32)) for s in ((case.batch, w.shape[1]), w.shape, x.shape))
         products += [(x, w, y), (x.T, y, dw)] + [(y, w.T, dx)] * (i > 0)
         x = y
-    steps = case.steps * case.epochs
-    return _prepared(products, steps, device, steps)
+    return _prepared(products, case.steps * case.epochs, device)
 
 
 def predict(case: Predict, device: str) -> Prepared:
@@ -48,4 +45,4 @@ def predict(case: Predict, device: str) -> Prepared:
         part = back.asarray(x[start : start + rows])
         for left, w, out in zip((part, *(h[: len(part)] for h in hidden)), weights, hidden, strict=False):
             products.append((left, w, out[: len(part)]))
-    return _prepared(products, case.calls, device, case.calls)
+    return _prepared(products, case.calls, device)

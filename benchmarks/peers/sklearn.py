@@ -1,6 +1,7 @@
 """scikit-learn's MLPClassifier and MLPRegressor."""
 
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,13 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 from ..cases import Import, Predict, Shell, Train
-from . import Prepared, ends, repeated
-from .processes import script
+from . import Prepared, ends, epochs, repeated
+from .processes import DIGITS, script
 
 ACTIVATIONS = {"relu": "relu", "tanh": "tanh"}
 
 
-def _model(case: Train, shuffle: bool) -> Any:
+def _model(case: Train) -> Any:
     """A model that starts from the case's weights."""
     kind = MLPClassifier if case.classifies else MLPRegressor
     queue = case.weights()
@@ -26,11 +27,12 @@ def _model(case: Train, shuffle: bool) -> Any:
             return w.astype(dtype), b.astype(dtype)
 
     return Started(hidden_layer_sizes=case.sizes[1:-1], activation=ACTIVATIONS[case.activation], alpha=0,
-                   batch_size=case.batch, shuffle=shuffle, random_state=0)  # fmt: skip
+                   batch_size=case.batch, random_state=0)  # fmt: skip
 
 
-def _epoch(model: Any, case: Train, x: Any, y: Any) -> float:
+def _epoch(model: Any, case: Train, x: Any, y: Any, shuffle: bool) -> float:
     """One epoch; its mean loss as other libraries give it (squared errors are halved here)."""
+    model.shuffle = shuffle
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         if case.classifies:
@@ -43,23 +45,13 @@ def _epoch(model: Any, case: Train, x: Any, y: Any) -> float:
 def train(case: Train, variant: str) -> Prepared | None:
     if case.activation not in ACTIVATIONS or (case.classifies and case.sizes[-1] < 3):
         return None
-    model, (x, y) = _model(case, True), case.data()
-
-    def check() -> list[float]:
-        few = _model(case, False)
-        return [_epoch(few, case, *case.data(4)) for _ in range(2)]
-
-    def run() -> None:
-        for _ in range(case.epochs):
-            _epoch(model, case, x, y)
-
-    return Prepared(run, check, case.steps * case.epochs)
+    return epochs(case, lambda: partial(_epoch, _model(case), case), np.asarray)
 
 
 def predict(case: Predict, variant: str) -> Prepared:
     few, x = Train(case.sizes, 8), case.x()
-    model = _model(few, False)
-    _epoch(model, few, *few.data(1))  # which makes its arrays
+    model = _model(few)
+    _epoch(model, few, *few.data(1), False)  # which makes its arrays
     model.coefs_, model.intercepts_ = (list(a) for a in zip(*case.weights(), strict=True))
     model.out_activation_ = "identity"  # logits, as elsewhere
     return repeated(lambda: model._forward_pass_fast(x), case.calls, lambda: ends(model._forward_pass_fast(x)))
@@ -71,11 +63,9 @@ def start(case: Import, variant: str) -> Prepared:
 
 def shell(case: Shell, variant: str) -> Prepared:
     return script(f"""
-import importlib.util, pathlib, warnings
-import numpy as np
+{DIGITS}
+import warnings
 from sklearn.neural_network import MLPClassifier
-digits = np.load(pathlib.Path(importlib.util.find_spec("gpubackprop").origin).parent / "data/digits.npz")
-x, y = digits["x"].astype("float32") / 16, digits["y"].astype("int64")
 warnings.simplefilter("ignore")
 model = MLPClassifier({case.sizes[1:-1]}, batch_size={case.batch}, max_iter={case.epochs}, alpha=0, random_state=0)
 assert model.fit(x, y).score(x, y) > 0.98

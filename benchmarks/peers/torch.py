@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..cases import Import, Kernel, Network, Predict, Shell, Train, Update
-from . import Prepared, ends, flat, repeated
-from .processes import script
+from . import Prepared, ends, epochs, flat, repeated, updates
+from .processes import DIGITS, script
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
@@ -47,17 +47,7 @@ def _epoch(case: Train, variant: str) -> Callable[[Any, Any, bool], float]:
 
 
 def train(case: Train, variant: str) -> Prepared:
-    epoch, (x, y) = _epoch(case, variant), map(torch.from_numpy, case.data())
-
-    def check() -> list[float]:
-        (few_x, few_y), once = map(torch.from_numpy, case.data(4)), _epoch(case, variant)
-        return [once(few_x, few_y, False) for _ in range(2)]
-
-    def run() -> None:
-        for _ in range(case.epochs):
-            epoch(x, y, True)
-
-    return Prepared(run, check, case.steps * case.epochs)
+    return epochs(case, lambda: _epoch(case, variant), torch.from_numpy)
 
 
 def predict(case: Predict, variant: str) -> Prepared:
@@ -71,24 +61,15 @@ def predict(case: Predict, variant: str) -> Prepared:
     return repeated(run, case.calls, lambda: ends(run()))
 
 
-def update(case: Update, variant: str) -> Prepared | None:
-    if variant == "compile":
-        return None
-
-    def made() -> tuple[Any, Any]:
+def update(case: Update, variant: str) -> Prepared:
+    def new() -> tuple[Callable[[], object], Callable[[], Any]]:
         p, g = map(torch.from_numpy, case.arrays())
         p.grad = g
         if case.rule == "adam":
-            return p, torch.optim.Adam([p], fused=True)
-        return p, torch.optim.SGD([p], lr=1e-2, momentum=0.9 if case.rule == "momentum" else 0, fused=True)
+            return torch.optim.Adam([p], fused=True).step, p.numpy
+        return torch.optim.SGD([p], lr=1e-2, momentum=0.9 if case.rule == "momentum" else 0, fused=True).step, p.numpy
 
-    def check() -> list[float]:
-        p, few = made()
-        for _ in range(3):
-            few.step()
-        return flat([p])
-
-    return repeated(made()[1].step, case.calls, check)
+    return updates(case, new)
 
 
 def _cross_entropy(a: dict[str, Any]) -> tuple[Any, Any]:
@@ -118,20 +99,17 @@ def kernel(case: Kernel, variant: str) -> Prepared:
     return repeated(lambda: call(a), case.calls, lambda: flat(t.numpy() for t in call(a)))
 
 
-def start(case: Import, variant: str) -> Prepared | None:
-    return None if variant == "compile" else script("import torch")
+def start(case: Import, variant: str) -> Prepared:
+    return script("import torch")
 
 
-def shell(case: Shell, variant: str) -> Prepared | None:
-    if variant == "compile":
-        return None
+def shell(case: Shell, variant: str) -> Prepared:
     layers = ", nn.ReLU(), ".join(f"nn.Linear({a}, {b})" for a, b in pairwise(case.sizes))
     return script(f"""
-import importlib.util, pathlib
-import numpy as np, torch
+{DIGITS}
+import torch
 from torch import nn
-digits = np.load(pathlib.Path(importlib.util.find_spec("gpubackprop").origin).parent / "data/digits.npz")
-x, y = torch.from_numpy(digits["x"].astype("float32") / 16), torch.from_numpy(digits["y"].astype("int64"))
+x, y = torch.from_numpy(x), torch.from_numpy(y)
 torch.manual_seed(0)
 model = nn.Sequential({layers})
 optimizer, loss = torch.optim.Adam(model.parameters(), fused=True), nn.CrossEntropyLoss()

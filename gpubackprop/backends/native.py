@@ -215,12 +215,10 @@ class NativeBackend(NumpyBackend):
             super().write(buffer, value)
 
     def _copy(self, x: Array, out: Array, accumulate: bool) -> list[Call]:
-        if accumulate or x.shape != out.shape or np.may_share_memory(x, out):
+        alike = x.shape == out.shape and _plain(out.dtype, x, out) and not np.may_share_memory(x, out)
+        if accumulate or not alike:
             return super()._copy(x, out, accumulate)
-        found = self._loop("map", COPY, {"x": x}, {"out": out}, out.dtype)
-        if found is None:
-            return super()._copy(x, out, accumulate)
-        return [Job.of(found[1], out, x, out.size, 0, 0)]
+        return self._map(COPY, {"x": x}, {"out": out}, out.shape, out.dtype, None)
 
     # ---- formulas
 
