@@ -6,9 +6,10 @@
 >>> history = trainer.fit(x, y, epochs=20, batch_size=64)
 """
 
-from gpubackprop import datasets
+from gpubackprop import datasets, schedules
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
+from gpubackprop.callbacks import EarlyStopping
 from gpubackprop.checkpoint import load_model, save_model
 from gpubackprop.data import split
 from gpubackprop.formulas import register_activation
@@ -67,7 +68,20 @@ from gpubackprop.ops import (
     tanh,
     where,
 )
-from gpubackprop.optimizers import SGD, Adam, AdamW, Optimizer
+from gpubackprop.optimizers import (
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    Nadam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+)
 from gpubackprop.plan import Plan
 from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
@@ -76,12 +90,13 @@ from gpubackprop.trainer import Trainer, TrainingDiverged
 __version__ = "0.1.0"
 
 __all__ = [
-    "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Optimizer",
-    "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
-    "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
-    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log",
-    "log1p", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
-    "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "sigmoid", "sin", "softmax",
+    "LBFGS", "SGD", "Activation", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "BatchNorm", "Dense", "Dropout",
+    "EarlyStopping", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan", "RAdam", "RMSprop",
+    "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add", "batch_norm",
+    "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide", "dropout", "exp",
+    "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log", "log1p",
+    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg",
+    "power", "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid", "sin", "softmax",
     "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
     "transpose", "value_and_grad", "where",
 ]  # fmt: skip

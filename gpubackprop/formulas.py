@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-__all__ = ["ACTIVATIONS", "BINARY", "LOSSES", "RULES", "UNARY", "Activation", "Expr", "parse", "register_activation"]
+__all__ = [
+    "ACTIVATIONS",
+    "BINARY",
+    "LOSSES",
+    "PENALTIES",
+    "RULES",
+    "UNARY",
+    "Activation",
+    "Expr",
+    "parse",
+    "register_activation",
+]
 
 
 # ---- the rows ------------------------------------------------------------------------------------------------------
@@ -130,6 +141,27 @@ LOSSES: dict[str, Loss] = _rows(
 
 
 @dataclass(frozen=True)
+class Penalty:
+    """What a weight p adds to a batch's mean loss, and its derivative in p."""
+
+    name: str
+    value: str
+    derivative: str
+
+    def graph(self) -> dict[str, "Expr"]:
+        """The total over the batch's rows, and the gradient, at the scale of the loss."""
+        return parse(f"total = rows * ({self.value})\ng += scale * ({self.derivative})")
+
+
+PENALTIES: dict[str, Penalty] = _rows(
+    Penalty("l1",          "l1 * abs(p)",              "where(p > 0, l1, where(p < 0, -l1, 0))"),
+    Penalty("l2",          "0.5 * l2 * (p * p)",       "l2 * p"),
+    Penalty("elastic_net", "l1 * abs(p) + 0.5 * l2 * (p * p)",
+                           "where(p > 0, l1, where(p < 0, -l1, 0)) + l2 * p"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Rule:
     """An optimizer's update of the weights p by the gradient g, with its moments; `before` runs ahead of g."""
 
@@ -138,16 +170,24 @@ class Rule:
     update: str
     before: str = ""
 
-    def graph(self, *, before: bool = False, scaled: bool = False, skips: bool = False) -> dict[str, "Expr"]:
+    def graph(self, *, before: bool = False, general: bool = False, skips: bool = False) -> dict[str, "Expr"]:
         """The graphs of `update`, or of `before`, by array; empty if it has none.
 
-        scaled: the gradient is g * factor. skips: the arrays keep their values unless `ok` is above 0.
+        general: the gradient is g * factor + weight_decay * p, its last term only if the text has no decay of its own.
+        skips: the arrays keep their values unless `ok` is above 0.
         """
         if not (text := self.before if before else self.update):
             return {}
-        graph = parse(text, given={"g": apply("*", name("g"), name("factor"))} if scaled else {})
+        g = parse("g * factor" if self.decays else "g * factor + weight_decay * p")[RESULT]
+        graph = parse(text, given={"g": g} if general else {})
+        graph = {k: graph[k] for k in ("p", *self.state) if k in graph}  # no locals
         ok = apply(">", name("ok"), number(0))
         return {k: apply("where", ok, e, name(k)) for k, e in graph.items()} if skips else graph
+
+    @property
+    def decays(self) -> bool:
+        """Whether the weights decay by the text itself: apart from the gradient, and from what is made of it."""
+        return "weight_decay" in self.update
 
 
 ADAM = """
@@ -156,14 +196,71 @@ v += (1 - beta2) * (g * g - v)
 p -= lr * sqrt(1 - beta2_t) / (1 - beta1_t) * m / (sqrt(v) + eps * sqrt(1 - beta2_t))
 """  # the last line is lr * (m / (1 - beta1_t)) / (sqrt(v / (1 - beta2_t)) + eps), its scalars gathered
 
+ADAGRAD = """
+v += g * g
+p -= lr * g / (sqrt(v + inside) + outside)
+"""
+
+ADADELTA = """
+v += (1 - rho) * (g * g - v)
+step = sqrt(u + eps) / sqrt(v + eps) * g
+u += (1 - rho) * (step * step - u)
+p -= lr * step
+"""
+
+SQUARES = "v += (1 - rho) * (g * g - v)\n"
+CENTRE = "m += (1 - rho) * (g - m)\n"
+ROOT, CENTRED = (f"(sqrt({square} + inside) + outside)" for square in ("v", "maximum(v - m * m, 0)"))
+
+NADAM = """
+m += (1 - beta1) * (g - m)
+v += (1 - beta2) * (g * g - v)
+p -= (lr * (1 - mu) / (1 - mu_product) * g + lr * mu_next / (1 - mu_product * mu_next) * m) / (
+    sqrt(v / (1 - beta2_t)) + eps)
+"""
+
+ADAMAX = """
+m += (1 - beta1) * (g - m)
+u = maximum(beta2 * u, abs(g) + eps)
+p -= lr / (1 - beta1_t) * m / u
+"""
+
+RADAM = """
+m += (1 - beta1) * (g - m)
+v += (1 - beta2) * (g * g - v)
+p -= lr / (1 - beta1_t) * m * where(r > 0, r * sqrt(1 - beta2_t) / (sqrt(v) + eps), 1)
+"""
+
+LION = """
+c = beta1 * m + (1 - beta1) * g
+p -= lr * weight_decay * p
+p -= where(c > 0, lr, where(c < 0, -lr, 0))
+m += (1 - beta2) * (g - m)
+"""
+
 # A name ending in _t is its constant to the power t, the number of the step counted from 1.
 RULES: dict[str, Rule] = _rows(
     Rule("sgd",      (),          "p -= lr * g"),
     Rule("momentum", ("z",),      "z = momentum * z + g\np -= lr * z"),
     # g is taken at p - lr * momentum * z; stepping on from there, p -= lr * g is p_old - lr * (momentum * z + g).
     Rule("nesterov", ("z",),      "z = momentum * z + g\np -= lr * g", before="p -= lr * momentum * z"),
+    Rule("nesterov_torch", ("z",), "z = momentum * z + g\np -= lr * (g + momentum * z)"),
+    # g is taken at p - momentum * z, without the learning rate; stepping on from there.
+    Rule("nesterov_seed", ("z",), "p += momentum * z - lr * (momentum * z + g)\nz = momentum * z + g",
+         before="p -= momentum * z"),
+    Rule("adagrad",  ("v",),      ADAGRAD),
+    Rule("adadelta", ("u", "v"),  ADADELTA),
+    Rule("rmsprop",  ("v",),      f"{SQUARES}p -= lr * g / {ROOT}"),
+    Rule("rmsprop_momentum", ("v", "z"), f"{SQUARES}z = momentum * z + g / {ROOT}\np -= lr * z"),
+    Rule("rmsprop_centered", ("m", "v"), f"{SQUARES}{CENTRE}p -= lr * g / {CENTRED}"),
+    Rule("rmsprop_centered_momentum", ("m", "v", "z"),
+         f"{SQUARES}{CENTRE}z = momentum * z + g / {CENTRED}\np -= lr * z"),
     Rule("adam",     ("m", "v"),  ADAM),
     Rule("adamw",    ("m", "v"),  "p -= lr * weight_decay * p\n" + ADAM),
+    Rule("nadam",    ("m", "v"),  NADAM),
+    Rule("adamax",   ("m", "u"),  ADAMAX),
+    Rule("radam",    ("m", "v"),  RADAM),
+    Rule("lion",     ("m",),      LION),
 )  # fmt: skip
 
 

@@ -1,193 +1,310 @@
-"""Optimizers: a rule of formulas.RULES, its hyperparameters, and its state over the arena."""
+"""Optimizers: hyperparameters, and the rule of formulas.RULES that they are for."""
 
-import math
-from dataclasses import dataclass, fields
-from numbers import Real
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.arena import Arena
-from gpubackprop.backends.base import CONTROL, Buffer, StepTable
-from gpubackprop.formulas import RULES, Expr, Rule, describe, evaluate, free_names, hoist
-from gpubackprop.plan import run
+from gpubackprop.checks import choice, flag, number, whole
+from gpubackprop.formulas import RULES, Rule
+from gpubackprop.schedules import Rate
 
-__all__ = ["OPTIMIZERS", "SGD", "Adam", "AdamW", "HostMoments", "Optimizer", "State"]
+__all__ = [
+    "LBFGS", "OPTIMIZERS", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "Nadam", "Optimizer",
+    "RAdam", "RMSprop",
+]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
-HostMoments = dict[str, dict[str, npt.NDArray[Any]]]
+Groups = Mapping[str, Mapping[str, Any]]
+BOUNDS = {"lr": "> 0", "eps": "> 0", "weight_decay": ">= 0", "momentum_decay": ">= 0", "tolerance": ">= 0"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Optimizer:
-    """Hyperparameters alone; the Trainer holds the state, so one instance may serve many trainers."""
+    """Hyperparameters alone; the Trainer holds the state, so one instance may serve many trainers.
 
-    lr: float = 1e-3
+    `lr` is a number, a schedule of gb.schedules or a function of the number of updates done. `weight_decay` adds
+    weight_decay · p to the gradient (AdamW and Lion: p -= lr · weight_decay · p, apart from it), of the weight matrices
+    only: biases and gains do not decay. `groups` sets numbers apart for parameters whose name matches a pattern, the
+    last that matches: {"0.*": {"lr": 1e-4}, "*.bias": {"weight_decay": 0.1}}.
+    """
+
+    lr: Rate = 1e-3
+    weight_decay: float = field(default=0.0, kw_only=True)
+    groups: Groups = field(default_factory=dict, kw_only=True, hash=False)
     label: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type is float:
-                value = getattr(self, field.name)
-                if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are Real
-                    got = f"{type(value).__name__} {value!r}"
-                    raise TypeError(f"{type(self).__name__}: {field.name} must be a number, got {got}")
-                object.__setattr__(self, field.name, float(value))
-                self._check(field.name, float(value))
+        where = type(self).__name__
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is float or (f.name == "lr" and not callable(value)):
+                object.__setattr__(self, f.name, number(where, f.name, value, BOUNDS.get(f.name, "in [0, 1)")))
+            elif f.type is int:
+                object.__setattr__(self, f.name, whole(where, f.name, value))
+            elif f.type is bool:
+                object.__setattr__(self, f.name, flag(where, f.name, value))
+        self._check_groups()
 
-    def _check(self, key: str, value: float) -> None:
-        bounds = {"lr": "> 0", "eps": "> 0", "weight_decay": ">= 0"}.get(key, "in [0, 1)")
-        holds = {"> 0": value > 0, ">= 0": value >= 0, "in [0, 1)": 0 <= value < 1}[bounds]
-        if not (holds and math.isfinite(value)):
-            raise ValueError(f"{type(self).__name__}: {key} must be {bounds}, got {value:g}")
+    def _check_groups(self) -> None:
+        where = f"{type(self).__name__}: groups"
+        if not isinstance(self.groups, Mapping) or not all(isinstance(more, Mapping) for more in self.groups.values()):
+            raise TypeError(f"{where} must map patterns to settings, as {{'0.*': {{'lr': 1e-4}}}}; got {self.groups!r}")
+        known = [f.name for f in fields(self) if f.type is float or f.name == "lr"]
+        for pattern, more in self.groups.items():
+            for key in more:
+                if key not in known:
+                    raise ValueError(f"{where}[{pattern!r}]: unknown setting {key!r}; choose from {', '.join(known)}")
+            if replace(self, groups={}, **more).rule is not self.rule:
+                raise ValueError(f"{where}[{pattern!r}]: {', '.join(more)} asks for another rule; all groups share one")
+
+    def __repr__(self) -> str:
+        shown = (f for f in fields(self) if not f.kw_only or getattr(self, f.name) not in (f.default, {}))
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     @property
     def rule(self) -> Rule:
         """The row of RULES that steps the weights."""
         return RULES[self.label]
 
-    def groups(self, arena: Arena) -> list[tuple[slice, dict[str, float]]]:
-        """Ranges of the arena, and the constants in which each differs; together they cover it."""
-        return [(slice(0, arena.size), {})]
-
     @property
-    def constants(self) -> dict[str, float]:
-        """The numbers that the rules' texts name."""
-        return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), float)}
+    def coupled(self) -> bool:
+        """Whether any weight decay goes into the gradient."""
+        decays = [self.weight_decay, *(more.get("weight_decay", 0.0) for more in self.groups.values())]
+        return any(decays) and not self.rule.decays
+
+    def parts(self, arena: Arena) -> list[tuple[slice, "Optimizer"]]:
+        """Ranges that cover the arena, each with what steps it: this optimizer with the numbers of its group."""
+        ends = [*list(arena.offsets.values())[1:], arena.size]
+        found: list[tuple[slice, Optimizer]] = []
+        for (key, p), end in zip(arena.parameters.items(), ends, strict=True):
+            more: dict[str, Any] = {} if len(p.shape) >= 2 else {"weight_decay": 0.0}
+            for pattern, given in self.groups.items():
+                more |= given if fnmatchcase(key, pattern) else {}
+            own = replace(self, groups={}, **more)
+            start = arena.offsets[key]
+            if found and found[-1][1] == own:
+                start = found.pop()[0].start
+            found.append((slice(start, end), own))
+        return found
+
+    def scalars(self, t: Floats, lr: Floats) -> dict[str, Any]:
+        """What the rule's text names, at the updates t = 1, 2, … with these learning rates: numbers or arrays."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.type is float} | {"lr": lr}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SGD(Optimizer):
     """p -= lr · z, z = momentum · z + g; plain gradient descent for momentum=0.
 
     nesterov="lookahead" takes the gradient at p − lr · momentum · z, ahead of the step (Nesterov, "A method of solving
-    a convex programming problem with convergence rate O(1/k²)").
+    a convex programming problem with convergence rate O(1/k²)"). "torch" takes it at p and steps by g + momentum · z,
+    as PyTorch and scikit-learn do. "seed" takes it at p − momentum · z, as some lecture notes have it, without the
+    learning rate: it diverges where the curvature exceeds 1 + 1 / momentum, however small lr is.
     """
 
-    lr: float = 1e-2
+    lr: Rate = 1e-2
     momentum: float = 0.0
     nesterov: str | None = None
     label: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nesterov not in (None, "lookahead"):
-            raise ValueError(f"SGD: unknown nesterov {self.nesterov!r}; choose from None, 'lookahead'")
+        choice("SGD", "nesterov", self.nesterov, (None, "lookahead", "torch", "seed"))
         if self.nesterov and not self.momentum:
             raise ValueError("SGD: nesterov needs a momentum > 0")
 
     @property
     def rule(self) -> Rule:
-        return RULES["nesterov" if self.nesterov else "momentum" if self.momentum else "sgd"]
+        if not self.momentum:
+            return RULES["sgd"]
+        return RULES[{None: "momentum", "lookahead": "nesterov"}.get(self.nesterov, f"nesterov_{self.nesterov}")]
 
 
-@dataclass(frozen=True)
+class _Placed(Optimizer):
+    """An optimizer that divides by √(v + inside) + outside, of which one is eps, by `eps_at`."""
+
+    eps: float
+    eps_at: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice(type(self).__name__, "eps_at", self.eps_at, ("outside", "inside"))
+
+    def scalars(self, t: Floats, lr: Floats) -> dict[str, Any]:
+        places = {"inside": 0.0, "outside": 0.0, self.eps_at: self.eps}
+        return super().scalars(t, lr) | places
+
+
+@dataclass(frozen=True, repr=False)
+class Adagrad(_Placed):
+    """p -= lr · g / (√v + eps), v the sum of all g² so far; eps_at="inside": √(v + eps)
+    (Duchi et al., "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization")."""
+
+    lr: Rate = 1e-2
+    eps: float = 1e-10
+    eps_at: str = field(default="outside", kw_only=True)
+    label: ClassVar[str] = "adagrad"
+
+
+@dataclass(frozen=True, repr=False)
+class Adadelta(Optimizer):
+    """p -= lr · Δ, Δ = √(u + eps) / √(v + eps) · g, with v and u the running means of g² and Δ²
+    (Zeiler, "ADADELTA: An Adaptive Learning Rate Method")."""
+
+    lr: Rate = 1.0
+    rho: float = 0.9
+    eps: float = 1e-6
+    label: ClassVar[str] = "adadelta"
+
+
+@dataclass(frozen=True, repr=False)
+class RMSprop(_Placed):
+    """p -= lr · g / (√v + eps), v the running mean of g²; eps_at="inside": √(v + eps)
+    (Hinton, "Neural Networks for Machine Learning", lecture 6e).
+
+    centered=True takes the running variance, v − m² with m the running mean of g, in place of v (Graves, "Generating
+    Sequences With Recurrent Neural Networks"). With momentum the quotient is added to z = momentum · z and p -= lr · z.
+    """
+
+    lr: Rate = 1e-2
+    rho: float = 0.99
+    momentum: float = 0.0
+    centered: bool = False
+    eps: float = 1e-8
+    eps_at: str = field(default="outside", kw_only=True)
+    label: ClassVar[str] = "rmsprop"
+
+    @property
+    def rule(self) -> Rule:
+        return RULES["rmsprop" + "_centered" * self.centered + "_momentum" * bool(self.momentum)]
+
+
+@dataclass(frozen=True, repr=False)
 class Adam(Optimizer):
-    """p -= lr · m̂ / (√v̂ + eps)  (Kingma & Ba, "Adam: A Method for Stochastic Optimization", Algorithm 1)."""
+    """p -= lr · m̂ / (√v̂ + eps)  (Kingma & Ba, "Adam: A Method for Stochastic Optimization", Algorithm 1).
 
-    lr: float = 1e-3
+    eps_at="hat" adds eps to the root of the uncorrected v: p -= lr · √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps), the
+    paper's ε̂, as in TensorFlow and scikit-learn.
+    """
+
+    lr: Rate = 1e-3
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    eps_at: str = field(default="outside", kw_only=True)
     label: ClassVar[str] = "adam"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice(type(self).__name__, "eps_at", self.eps_at, ("outside", "hat"))
 
-@dataclass(frozen=True)
+    def scalars(self, t: Floats, lr: Floats) -> dict[str, Any]:
+        found = super().scalars(t, lr)
+        return found if self.eps_at == "outside" else found | {"eps": self.eps / np.sqrt(1 - self.beta2**t)}
+
+
+@dataclass(frozen=True, repr=False)
 class AdamW(Adam):
     """Adam after p -= lr · weight_decay · p on the weight matrices; biases and gains do not decay
     (Loshchilov & Hutter, "Decoupled Weight Decay Regularization")."""
 
-    weight_decay: float = 1e-2
+    weight_decay: float = field(default=1e-2, kw_only=True)
     label: ClassVar[str] = "adamw"
 
-    def groups(self, arena: Arena) -> list[tuple[slice, dict[str, float]]]:
-        return [(slice(0, arena.matrices), {}), (slice(arena.matrices, arena.size), {"weight_decay": 0.0})]
+
+@dataclass(frozen=True, repr=False)
+class Nadam(Optimizer):
+    """p -= (lr · (1 − μₜ) / (1 − Πμ) · g + lr · μₜ₊₁ / (1 − Πμ · μₜ₊₁) · m) / (√v̂ + eps), the momentum being
+    μₜ = β₁ (1 − ½ · 0.96^(t · momentum_decay))  (Dozat, "Incorporating Nesterov Momentum into Adam")."""
+
+    lr: Rate = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum_decay: float = 4e-3
+    label: ClassVar[str] = "nadam"
+
+    def scalars(self, t: Floats, lr: Floats) -> dict[str, Any]:
+        ahead = np.arange(1, t[-1] + 2)
+        mu = self.beta1 * (1 - 0.5 * 0.96 ** (ahead * self.momentum_decay))
+        now = t.astype(np.intp) - 1
+        return super().scalars(t, lr) | {"mu": mu[now], "mu_next": mu[now + 1], "mu_product": np.cumprod(mu)[now]}
 
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {c.label: c for c in (SGD, Adam, AdamW)}
+@dataclass(frozen=True, repr=False)
+class Adamax(Optimizer):
+    """p -= lr / (1 − β₁ᵗ) · m / u, u = max(β₂ · u, |g| + eps)  (Kingma & Ba, "Adam", Algorithm 2, which has no eps)."""
+
+    lr: Rate = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    label: ClassVar[str] = "adamax"
 
 
-class State:
-    """An optimizer's moments over an arena, and the launches that step the weights."""
+@dataclass(frozen=True, repr=False)
+class RAdam(Optimizer):
+    """p -= lr · m̂ · r · √(1 − β₂ᵗ) / (√v + eps) once ρₜ > 5, p -= lr · m̂ before, with
+    r² = (ρₜ − 4)(ρₜ − 2)ρ∞ / ((ρ∞ − 4)(ρ∞ − 2)ρₜ), ρ∞ = 2 / (1 − β₂) − 1 and ρₜ = ρ∞ − 2tβ₂ᵗ / (1 − β₂ᵗ)
+    (Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond")."""
 
-    def __init__(self, optimizer: Optimizer, arena: Arena) -> None:
-        self.optimizer = optimizer
-        self.arena = arena
-        self.rule = optimizer.rule
-        self.groups = [(part, more) for part, more in optimizer.groups(arena) if part.stop > part.start]
-        self.moments = {name: arena.zeros() for name in self.rule.state}
-        self.scalars = self._scalars()
+    lr: Rate = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    label: ClassVar[str] = "radam"
 
-    def _scalars(self) -> dict[str, tuple[Expr, dict[str, float]]]:
-        """The columns of the step table: for each group every expression of scalars alone, and its constants."""
-        found: dict[str, tuple[Expr, dict[str, float]]] = {}
-        for i, (_, more) in enumerate(self.groups):
-            for before in (True, False):
-                for e in hoist(self.rule.graph(before=before), ("p", "g", *self.rule.state))[1].values():
-                    column = f"{describe(e)} [{i}]" if len(self.groups) > 1 else describe(e)
-                    found[column] = e, self.optimizer.constants | more
-        return found
-
-    def table_rows(self, first: int, steps: int) -> dict[str, Floats]:
-        """Each scalar at the steps first, first + 1, … (counted from 1), in float64."""
-        t = np.arange(first, first + steps, dtype=np.float64)
-        rows = {}
-        for column, (e, constants) in self.scalars.items():
-            powers = {n: constants[n[:-2]] ** t for n in free_names(e) if n.endswith("_t")}
-            rows[column] = np.broadcast_to(evaluate(e, {**constants, **powers}, _NUMPY), t.shape)
-        return rows
-
-    def record(
-        self, table: StepTable, clip: float = math.inf, dynamic: bool = False, copy: Buffer | None = None, *,
-        before: bool = False,
-    ) -> None:  # fmt: skip
-        """Launch the rule's update of the weights by the gradients, or what goes before the gradient.
-
-        The gradient's norm is clipped to `clip`. With `dynamic`, the scale of the loss follows the gradients, and a
-        step whose gradient is not finite changes nothing. `copy` is written too.
-        """
-        back, gradients = self.arena.backend, self.arena.gradients
-        if not self.arena.size:
-            if not before:
-                run(table.control, lambda: back.advance(table))
-            return
-        scaled = dynamic or clip < math.inf
-        if scaled and not before:
-            run(table.control, lambda: back.gradient_norm(gradients, table, clip=clip, dynamic=dynamic))
-        # A look-ahead is skipped after a step that was: the weights then still stand ahead.
-        if graph := self.rule.graph(before=before, scaled=scaled, skips=dynamic):
-            self._launch(graph, table, copy, before)
-
-    def _launch(self, graph: dict[str, Expr], table: StepTable, copy: Buffer | None, before: bool) -> None:
-        """One launch over the arena."""
-        arena = self.arena
-        arrays = {"p": arena.weights, "g": arena.gradients} | self.moments
-        if copy is not None:
-            graph, arrays = graph | {"q": graph["p"]}, arrays | {"q": copy}
-        arrays |= {key: table.control[i : i + 1] for key, i in CONTROL.items()}
-        names = dict.fromkeys((*free_names(*graph.values()), *graph))
-        used: dict[str, Buffer] = {k: arrays[k].reshape(-1) for k in names if k in arrays}
-        groups = [part for part, _ in self.groups] if len(self.groups) > 1 else []
-        what = (self.rule.before if before else self.rule.update).strip()
-        run(arena.weights, lambda: arena.backend.update(
-            self.rule.name, graph, used, table, groups=groups, advance=not before, what=what))  # fmt: skip
-
-    def host(self) -> HostMoments:
-        """The moments as NumPy arrays, by moment and parameter."""
-        arena, read = self.arena, self.arena.backend.to_numpy
-        return {m: {k: read(arena.slice(buffer, k)) for k in arena.parameters} for m, buffer in self.moments.items()}
-
-    def load(self, moments: HostMoments) -> None:
-        """Write moments that `host` gave; parameters it did not know stay at zero."""
-        arena = self.arena
-        for m, values in moments.items():
-            for key in values.keys() & arena.parameters.keys():
-                if values[key].shape == arena.parameters[key].shape:
-                    arena.backend.write(arena.slice(self.moments[m], key), values[key])
+    def scalars(self, t: Floats, lr: Floats) -> dict[str, Any]:
+        last = 2 / (1 - self.beta2) - 1
+        power = self.beta2**t
+        rho = last - 2 * t * power / (1 - power)
+        squares = (rho - 4) * (rho - 2) * last / ((last - 4) * (last - 2) * rho) if last > 5 else np.zeros_like(rho)
+        return super().scalars(t, lr) | {"r": np.sqrt(np.where(rho > 5, squares, 0))}
 
 
-_NUMPY: dict[str, Any] = {
-    "+": np.add, "-": np.subtract, "*": np.multiply, "/": np.divide, "neg": np.negative, "sqrt": np.sqrt,
-    "pow": np.power, "exp": np.exp, "log": np.log, "abs": np.abs, "maximum": np.maximum, "minimum": np.minimum,
-}  # fmt: skip
+@dataclass(frozen=True, repr=False)
+class Lion(Optimizer):
+    """p -= lr · (sign(β₁ · m + (1 − β₁) · g) + weight_decay · p), m = β₂ · m + (1 − β₂) · g
+    (Chen et al., "Symbolic Discovery of Optimization Algorithms")."""
+
+    lr: Rate = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    label: ClassVar[str] = "lion"
+
+
+@dataclass(frozen=True, repr=False)
+class LBFGS(Optimizer):
+    """p += α · d, d = −H g with H from the last `history` changes of p and g, α by a strong-Wolfe line search from lr
+    (Liu & Nocedal, "On the Limited Memory BFGS Method for Large Scale Optimization").
+
+    For small data: every step takes all rows, whatever the batch size, evaluates the loss up to `evaluations` times,
+    and its vectors lie on the host in float64. An epoch is one such step; training ends where no element of the
+    gradient exceeds `tolerance`, or no further decrease is found.
+    """
+
+    lr: Rate = 1.0
+    history: int = 10
+    evaluations: int = 25
+    tolerance: float = 1e-7
+    label: ClassVar[str] = "lbfgs"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_decay or self.groups:
+            raise ValueError("LBFGS: it minimises the loss alone, without weight_decay or groups; use Trainer(l2=…)")
+
+    @property
+    def rule(self) -> Rule:
+        """None: what steps the weights is a search."""
+        return Rule("lbfgs", (), "")
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    c.label: c for c in (SGD, Adagrad, Adadelta, RMSprop, Adam, AdamW, Nadam, Adamax, RAdam, Lion, LBFGS)
+}

@@ -270,7 +270,10 @@ def _tallied(tally: Any, dtype: npt.DTypeLike) -> Any:
     return np.array(tally.read(), dtype)
 
 
-_CONSTANTS = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.01}
+_CONSTANTS = {
+    "lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.01, "rho": 0.9,
+    "inside": 0, "outside": 1e-8, "mu": 0.85, "mu_next": 0.86, "mu_product": 0.6, "r": 0.3,
+}  # fmt: skip
 _POWERS = {f"{k}_t": _CONSTANTS[k] ** 3 for k in ("beta1", "beta2")}
 
 
@@ -279,7 +282,7 @@ def _rule(row: Rule) -> list[Case]:
     made = []
     for part, text in (("before", row.before), ("update", row.update)):
         if text:
-            graph = parse(text)
+            graph = row.graph(before=part == "before")
             made.append(Case(f"{row.name} {part}", partial(_update, row, graph), _tolerance(graph.values())))
     return made
 
@@ -287,7 +290,9 @@ def _rule(row: Rule) -> list[Case]:
 def _update(row: Rule, graph: Graph, g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     n = rows * columns
     half = g.dtype.itemsize == 2
-    arrays = {k: g.put(np.abs(g.numbers(n)) if k == "v" else g.numbers(n), g.wide) for k in ("p", "g", *row.state)}
+    arrays = {
+        k: g.put(np.abs(g.numbers(n)) if k in ("u", "v") else g.numbers(n), g.wide) for k in ("p", "g", *row.state)
+    }
     cut = n // 128 * 64
     groups = [slice(0, cut), slice(cut, n)] if row.name == "adamw" and cut else []
     scalars = hoist(graph, arrays)[1].values()
@@ -446,17 +451,20 @@ def _accumulate_loss(g: Ground, rows: int, columns: int) -> tuple[Launch, Output
     return launch, {"tally": partial(_tallied, tally, g.wide)}
 
 
-@_case("advance", EXACT, ("float32", "float64"))
-def _advance(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+def _advance(applies: bool, g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     table, x, y = g.back.step_table(["lr"], g.wide, 2), g.normal(), g.blank()
     table.load(np.array([[0.5], [0.25]]), np.zeros(2, np.int64), 1)
-    launch = g.back.advance(table)
+    launch = g.back.advance(table, applies=applies)
 
     def read() -> Any:
         g.back.elementwise("lr", {"y": parse("x * lr")[RESULT]}, {"x": x}, {"y": y}, table=table).run()
         return g.back.to_numpy(y)
 
     return launch, {"next": read}
+
+
+_case("advance", EXACT, ("float32", "float64"))(partial(_advance, True))
+_case("advance, no update", EXACT, ("float32", "float64"))(partial(_advance, False))
 
 
 # ---- products ------------------------------------------------------------------------------------------------------

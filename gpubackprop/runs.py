@@ -71,7 +71,7 @@ class Recipe:
 
     def rate_for(self, task: Task) -> float:
         """The learning rate, chosen by the optimizer and the task if it was left open."""
-        own = OPTIMIZERS[self.optimizer].lr
+        own: Any = OPTIMIZERS[self.optimizer].lr  # a number, by default
         return self.lr if self.lr is not None else RATES.get(self.optimizer, (own, own))[task == "regression"]
 
 

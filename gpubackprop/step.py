@@ -1,10 +1,10 @@
-"""One training step as a plan: feed, before, gradient and update over fixed buffers, and the sums it leaves behind."""
+"""One training step as a plan: feed, gradient and update over fixed buffers, and the sums it leaves behind."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,18 +12,19 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, CaptureError, Staging, StepTable, Workspace, use_tf32
 from gpubackprop.backprop import backward
+from gpubackprop.formulas import RESULT, parse
 from gpubackprop.losses import Objective
 from gpubackprop.metrics import Metric
 from gpubackprop.model import Layer, training
-from gpubackprop.optimizers import State
+from gpubackprop.moments import Moments
+from gpubackprop.penalty import Penalty
 from gpubackprop.plan import Plan, run
 from gpubackprop.precision import Precision
 from gpubackprop.tensor import Tensor
 
-__all__ = ["SECTIONS", "Graphs", "Keeper", "Source", "StagedSource", "Step", "Sums", "Terms"]
+__all__ = ["Graphs", "Keeper", "Source", "StagedSource", "Step", "Sums", "Terms"]
 
 Array = npt.NDArray[Any]
-SECTIONS = ("feed", "before", "gradient", "update")
 
 
 class Source:
@@ -124,17 +125,24 @@ class Terms:
 
     objective: Objective
     precision: Precision
+    penalty: Penalty
     clip_norm: float  # infinite: no clipping
+    clip_value: float
+    accumulate: int  # batches to an update
     seed: int
 
 
 @dataclass(eq=False)
 class Step:
-    """The step for batches of `rows` rows of an attached source: `run()` records it the first time, then replays it."""
+    """The step for batches of `rows` rows of an attached source: `run()` records what it meets for the first time, and
+    replays the rest.
+
+    With accumulated gradients an update takes several runs: the first clears the gradients, the last updates.
+    """
 
     model: Layer
     terms: Terms
-    state: State
+    state: Moments
     table: StepTable
     sums: Sums
     rows: int
@@ -142,7 +150,7 @@ class Step:
     target_shape: tuple[int, ...]  # of one row: () for labels
     space: Workspace
     dry: bool = False
-    run: Callable[[], object] = field(init=False, repr=False)
+    plan: Plan = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.backend = backend = self.model.arena.backend
@@ -151,39 +159,55 @@ class Step:
         self.target = backend.empty((self.rows, *self.target_shape), dtype)
         title = f"training step of {self.rows} rows, {self.model.parameter_count:,} parameters"
         self.plan = Plan(backend, title, dry=self.dry, space=self.space)
+        self._ready: dict[tuple[bool, bool], Callable[[], object]] = {}
 
     def attach(self, source: Source, graphs: "Graphs | None" = None) -> None:
         """Take the batches from this source; the next run binds the feed to it, and is captured after that."""
-        self.run = partial(self._first, source, graphs)
+        self._source, self._graphs = source, graphs
 
     def detach(self) -> None:
         """Let go of the source and its data."""
         self.plan.discard("feed")
-        del self.run
+        self._ready.clear()
+        del self._source, self._graphs
 
-    def _first(self, source: Source, graphs: "Graphs | None") -> None:
-        plan, table = self.plan, self.table
-        with plan.record("feed"):
-            run(self.x, lambda: self.backend.feed(source.x, source.y, source.order, table, self.x, self.target, 1.0))
-        if "gradient" in plan.sections:
-            plan.replay(*SECTIONS[1:])
-        else:
-            for section in SECTIONS[1:]:
-                plan.discard(section)  # what an error cut short
-            precision = self.terms.precision
-            copy = self.model.arena.copy_in(precision.dtype) if precision.mixed else None
-            rule = partial(self.state.record, table, self.terms.clip_norm, precision.dynamic, copy)
-            with plan.record("before"):
-                rule(before=True)
-            with plan.record("gradient"):
-                self._gradient()
-            with plan.record("update"):
-                rule()
-        self.run = (graphs and graphs.capture(plan)) or plan.sequence(*SECTIONS)
+    def run(self, first: bool = True, last: bool = True) -> None:
+        """The pass over a batch, the first or the last of those that an update takes."""
+        if (ready := self._ready.get((first, last))) is not None:
+            ready()
+            return
+        sections = self._sections(first, last)
+        for section in sections:
+            if section in self.plan.sections:
+                self.plan.replay(section)
+            else:
+                with self.plan.record(section):
+                    getattr(self, f"_{section}")()
+        captured = self._graphs and self._graphs.capture(self.plan, sections)
+        self._ready[first, last] = captured or self.plan.sequence(*sections)
+
+    # ---- the sections
+
+    def _sections(self, first: bool, last: bool) -> list[str]:
+        penalized = bool(self.terms.penalty.name)
+        due = {"feed": True, "before": first, "gradient": True, "penalty": last and penalized, "update": last}
+        return [section for section, wanted in {**due, "pass": not last}.items() if wanted]
+
+    def _feed(self) -> None:
+        source = self._source
+        run(self.x, lambda: self.backend.feed(
+            source.x, source.y, source.order, self.table, self.x, self.target, 1.0))  # fmt: skip
+
+    def _before(self) -> None:
+        """What moves the weights ahead of the gradient; gradients that batches add up begin at zero."""
+        self._rule(before=True)
+        gradients = self.model.arena.gradients
+        if self.terms.accumulate > 1:
+            run(gradients, lambda: self.backend.fill(gradients, 0.0))
 
     def _gradient(self) -> None:
         """Forward, loss, backward; every trained slice is written, by a gradient or by zeros."""
-        back, arena = self.backend, self.model.arena
+        back, arena, adds = self.backend, self.model.arena, self.terms.accumulate > 1
         gradients = arena.gradients
         with lowered(self.model, self.terms.precision.dtype), use_tf32(self.terms.precision.tf32):
             with training(self.terms.seed, self.table):
@@ -191,11 +215,32 @@ class Step:
                 target = Tensor(self.target, back)
                 root, dy = self.terms.objective.seed(output, target, self.table, self.sums.tally, self.sums.counts)
             self.sums.add(output, target)
-            written = backward(root, dy) if root.requires_grad else set()
+            written = backward(root, dy, accumulate=adds) if root.requires_grad else set()
         for key, p in arena.parameters.items():
-            if p not in written:
+            if p not in written and not adds:
                 dw = arena.slice(gradients, key)
                 run(dw, lambda dw=dw: back.fill(dw, 0.0))  # type: ignore[misc]
+
+    def _penalty(self) -> None:
+        self.terms.penalty.record(self.model.arena, self.table, self.sums.tally)
+
+    def _pass(self) -> None:
+        """On to the next batch, without an update."""
+        run(self.table.control, lambda: self.backend.advance(self.table, applies=False))
+
+    def _update(self) -> None:
+        arena, limit = self.model.arena, self.terms.clip_value
+        if limit < math.inf and arena.size:
+            g, scale = arena.gradients, self.table.control[:1].reshape(1, 1)
+            clipped = parse(f"c = {limit!r} * scale\nminimum(maximum(g, -c), c)")
+            reads, what = {"g": g, "scale": scale}, f"g within ±{limit:g}"
+            run(g, lambda: self.backend.elementwise("clip", {"g": clipped[RESULT]}, reads, {"g": g}, what=what))
+        self._rule()
+
+    def _rule(self, *, before: bool = False) -> None:
+        precision = self.terms.precision
+        copy = self.model.arena.copy_in(precision.dtype) if precision.mixed else None
+        self.state.record(self.table, self.terms.clip_norm, precision.dynamic, copy, before=before)
 
 
 class Graphs:
@@ -204,12 +249,12 @@ class Graphs:
     def __init__(self) -> None:
         self.wanted = True
 
-    def capture(self, plan: Plan) -> Callable[[], object] | None:
-        """The plan's step as one launch, or None."""
+    def capture(self, plan: Plan, sections: Sequence[str]) -> Callable[[], object] | None:
+        """These sections of the plan as one launch, or None."""
         if not self.wanted:
             return None
         try:
-            return plan.backend.capture([launch for section in SECTIONS for launch in plan.sections[section]])
+            return plan.backend.capture([launch for section in sections for launch in plan.sections[section]])
         except CaptureError as error:
             self.wanted = False
             warnings.warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning, stacklevel=6)
@@ -226,7 +271,7 @@ def lowered(model: Layer, dtype: npt.DTypeLike) -> Iterator[None]:
 class Keeper:
     """A copy of weights, statistics and moments after the last good epoch, and launches that take and restore it."""
 
-    def __init__(self, model: Layer, state: State) -> None:
+    def __init__(self, model: Layer, state: Moments) -> None:
         back = model.arena.backend
         live = [b for b in (model.arena.weights, model.statistics.weights, *state.moments.values()) if b.size]
         copies = [back.empty(b.shape, b.dtype) for b in live]

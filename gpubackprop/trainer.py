@@ -5,6 +5,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
@@ -14,16 +15,21 @@ import numpy.typing as npt
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
+from gpubackprop.callbacks import Callback, each
+from gpubackprop.checks import flag, number, whole
 from gpubackprop.data import as_features, check_same_length
 from gpubackprop.device_data import check_one_place, on_device, taken
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
 from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
-from gpubackprop.optimizers import OPTIMIZERS, HostMoments, Optimizer, State
+from gpubackprop.moments import HostMoments, Moments
+from gpubackprop.optimizers import OPTIMIZERS, Optimizer
+from gpubackprop.penalty import Penalty, Strength
 from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.progress import Bar, Interrupts
 from gpubackprop.room import explained
+from gpubackprop.schedules import rates
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
 
@@ -31,7 +37,7 @@ __all__ = ["Trainer", "TrainingDiverged"]
 
 Array = npt.NDArray[Any]
 History = dict[str, list[float]]
-Callback = Callable[["Trainer"], object]
+Order = Callable[[int], Any]
 KEPT_STEPS = 8
 FEWEST_ROWS = 1024  # of the step table
 TO_WIDER = ", or use precision bfloat16 or float32"
@@ -72,13 +78,19 @@ class Trainer:
 
     `precision` is one of float32, float64, tf32, float16, bfloat16 (None: the model's). `clip_norm` scales a longer
     gradient down to that norm, which is taken in the type of the weights: a float32 gradient with elements beyond about
-    1e19 counts as not finite. `cuda_graph` replays each step as one CUDA graph.
+    1e19 counts as not finite; `clip_value` holds each element within ±clip_value first. `cuda_graph` replays each step
+    as one CUDA graph.
+
+    `l1` and `l2` add l1 · Σ|w| + ½ · l2 · Σw², over the weight matrices, to the loss, in what is reported too; each a
+    number or a function of the batch's rows. (An optimizer's weight_decay is not part of the loss.) With `accumulate`
+    an update is made of the gradients of so many batches, the mean over all their rows.
     """
 
     def __init__(
         self, model: Layer, loss: str | Callable[..., Tensor] = "cross_entropy", optimizer: Optimizer | str = "adam",
         metrics: Sequence[str] | None = None, device: str = "auto", seed: int | None = None, *,
-        precision: str | None = None, clip_norm: float | None = None, cuda_graph: bool = False,
+        precision: str | None = None, clip_norm: float | None = None, clip_value: float | None = None,
+        l1: Strength = 0.0, l2: Strength = 0.0, accumulate: int = 1, cuda_graph: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(model, Layer):
             raise TypeError(
@@ -92,16 +104,17 @@ class Trainer:
         self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
         self.seed = seed_or_fresh(seed, "Trainer")
         self.precision = precision_named(precision or np.dtype(model.dtype).name)
-        self.clip_norm = _clip_norm(clip_norm, np.dtype(self.precision.master))
-        if not isinstance(cuda_graph, bool):
-            raise TypeError(
-                f"Trainer: cuda_graph must be True or False, got {type(cuda_graph).__name__} {cuda_graph!r}"
-            )
-        self.cuda_graph = cuda_graph
+        self.clip_norm = _limit("clip_norm", clip_norm, np.dtype(self.precision.master))
+        self.clip_value = _limit("clip_value", clip_value, np.dtype(self.precision.master))
+        self.penalty = Penalty(l1, l2)
+        self.accumulate = whole("Trainer", "accumulate", accumulate)
+        self.cuda_graph = flag("Trainer", "cuda_graph", cuda_graph)
         self.history: History = {}
-        self.epoch = self.step = 0
+        self.epoch = self.step = 0  # step: updates made
+        self._batches = 0
         if not any(p.trainable for p in model.named_parameters().values()):
             raise ValueError("Trainer: the model has no trained parameters; layers declare them as attributes")
+        _check_groups(self._optimizer, list(model.named_parameters()))
         if np.dtype(model.dtype) != self.precision.master:
             model.dtype = self.precision.master
             model._lay_out(device)
@@ -114,9 +127,11 @@ class Trainer:
         self.backend = get_backend(device)
         if self.model.arena.backend is not self.backend:
             self.model.to(self.backend.device)
-        self.state = State(self._optimizer, self.model.arena)
+        self.state = Moments(self._optimizer, self.model.arena)
         self.state.load(moments or {})
-        self._terms = Terms(self.objective, self.precision, self.clip_norm, self.seed)
+        self._terms = Terms(
+            self.objective, self.precision, self.penalty, self.clip_norm, self.clip_value, self.accumulate, self.seed
+        )
         self._space = Workspace()
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
@@ -153,15 +168,17 @@ class Trainer:
 
     def fit(
         self, x: Any, y: Any, epochs: int = 10, batch_size: int = 128, *,
-        validation_data: tuple[Any, Any] | None = None, shuffle: bool = True, callbacks: Sequence[Callback] = (),
-        progress: bool | None = None, stop_below: float | None = None,
+        validation_data: tuple[Any, Any] | None = None, shuffle: bool | Order = True,
+        callbacks: Sequence[Callback] = (), progress: bool | None = None, stop_below: float | None = None,
     ) -> History:  # fmt: skip
-        """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each.
+        """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each,
+        and for the learning rate where it is scheduled.
 
-        The last batch is used at its own size; a batch_size beyond the data uses all of it. After an epoch each
-        callback is called with the trainer, and one that returns True stops; `stop_below` stops at the first epoch
-        whose loss (validation loss, if there is validation data) is below it. `progress` shows a bar (None: on a
-        terminal). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the history.
+        The last batch is used at its own size; a batch_size beyond the data uses all of it. `shuffle` may be a function
+        of the number of rows that returns their order. After an epoch each callback is called with the trainer, and one
+        that returns True stops; `stop_below` stops at the first epoch whose loss (validation loss, if there is
+        validation data) is below it. `progress` shows a bar (None: on a terminal). Ctrl-C lets the step in flight
+        finish, then re-raises; completed epochs stay in the history.
 
         TrainingDiverged if loss or weights are not finite, or no gradient of an epoch is in float16 at any scale of the
         loss; a RuntimeWarning if no step of all epochs was applied while that scale comes down.
@@ -187,8 +204,8 @@ class Trainer:
         raise explained(failed, self, x, y, batch_size) from None
 
     def _fit(
-        self, x: Buffer, y: Array, epochs: int, batch_size: int, held_out: tuple[Buffer, Array] | None, shuffle: bool,
-        callbacks: Sequence[Callback], progress: bool | None, stop_below: float | None,
+        self, x: Buffer, y: Array, epochs: int, batch_size: int, held_out: tuple[Buffer, Array] | None,
+        shuffle: bool | Order, callbacks: Sequence[Callback], progress: bool | None, stop_below: float | None,
     ) -> History:  # fmt: skip
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
@@ -202,12 +219,13 @@ class Trainer:
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
         self._fitting, applied = True, False
+        each(callbacks, "begin", self)
         try:
             with Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar:
                 for _ in range(epochs):
                     self._begin_epoch(source, steps, sums, shuffle)
                     applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar)
-                    figures = sums.figures(len(x), y)
+                    figures = sums.figures(len(x), y) | self._rate()
                     if held_out is not None:
                         figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
                     self._note(figures)
@@ -222,6 +240,7 @@ class Trainer:
             self._fitting = False
             for step in set(steps):
                 step.detach()
+            each(callbacks, "end", self)
         if not applied:
             warnings.warn(
                 f"fit: no step was applied, because every gradient overflows {self.precision.name} while the scale of "
@@ -239,16 +258,18 @@ class Trainer:
 
         Whether any step was applied: in float16 it may be none while the scale of the loss comes down.
         """
-        begun = self.step, self._control()
+        begun = self.step, self._batches, self._control()
         for i, step in enumerate(steps):
+            first, last = i % self.accumulate == 0, (i + 1) % self.accumulate == 0 or i + 1 == len(steps)
             try:
                 source.before(i)
-                step.run()
+                step.run(first, last)
             except BaseException:  # its launches may have run in part
                 self._go_back(keeper, begun)
                 raise
-            self.step += 1
-            if interrupts.pending:
+            self._batches += 1
+            self.step += last
+            if interrupts.pending and last:
                 if sums.bad_step or not keeper.finite():
                     self._go_back(keeper, begun)
                 interrupts.deliver()
@@ -258,8 +279,8 @@ class Trainer:
         bad = sums.bad_step
         if bad or not keeper.finite():
             self._go_back(keeper, begun)
-            raise TrainingDiverged(self.epoch + 1, bad - self.step if bad else None)
-        scale, *_ = begun[1]
+            raise TrainingDiverged(self.epoch + 1, bad - self._batches if bad else None)
+        scale, *_ = begun[2]
         if not (applied := self._table.applied()) and scale <= 2 ** (len(steps) - 1):  # 1 for the last step: no hope
             self._go_back(keeper, begun)
             raise TrainingDiverged(self.epoch + 1, None, self.precision.name)
@@ -267,9 +288,9 @@ class Trainer:
         self.epoch += 1
         return applied
 
-    def _go_back(self, keeper: Keeper, begun: tuple[int, Sequence[float]]) -> None:
+    def _go_back(self, keeper: Keeper, begun: tuple[int, int, Sequence[float]]) -> None:
         keeper.restore()
-        self.step, control = begun
+        self.step, self._batches, control = begun
         self.backend.write(self._table.control, control)
 
     def _source(self, x: Buffer, y: Array, batch_size: int) -> Source:
@@ -295,13 +316,28 @@ class Trainer:
             chosen[rows].attach(source, self._graphs if rows == batch_size else None)  # the ragged batch is rare
         return [chosen[rows] for rows in sizes]
 
-    def _begin_epoch(self, source: Source, steps: Sequence[Step], sums: Sums, shuffle: bool) -> None:
-        sizes, order = np.array([step.rows for step in steps]), None
-        if shuffle:
-            order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(int(sizes.sum()))
-        self._load(self._table, self.step + 1, sizes, source.begin(order, sizes))
+    def _begin_epoch(self, source: Source, steps: Sequence[Step], sums: Sums, shuffle: bool | Order) -> None:
+        sizes = np.array([step.rows for step in steps])
+        order = self._order(int(sizes.sum()), shuffle)
+        self._load(self._table, sizes, source.begin(order, sizes))
         self._lower()
         sums.clear()
+
+    def _order(self, rows: int, shuffle: bool | Order) -> Array | None:
+        """The order of an epoch's rows; None: as they lie."""
+        if not callable(shuffle):
+            generator = np.random.Generator(np.random.PCG64([self.seed, self.epoch]))
+            return generator.permutation(rows) if shuffle else None
+        order = np.asarray(shuffle(rows))
+        if order.shape != (rows,) or order.dtype.kind not in "iu" or (np.sort(order) != np.arange(rows)).any():
+            raise ValueError(f"fit: shuffle({rows}) must return the numbers 0 to {rows - 1} in some order")
+        return order.astype(np.intp)
+
+    def _rate(self) -> dict[str, float]:
+        """The learning rate of the update just made, if it is scheduled."""
+        if not callable(lr := self.optimizer.lr):
+            return {}
+        return {"lr": float(rates(lr, np.array([self.step - 1.0]), self.epoch - 1, self.history)[0])}
 
     def _new_step(
         self, rows: int, columns: int, target: tuple[int, ...], sums: Sums, table: StepTable, dry: bool = False
@@ -324,13 +360,18 @@ class Trainer:
 
     def _new_table(self, steps: int, control: Sequence[float] = ()) -> StepTable:
         """A table for so many steps that goes on from there, or begins."""
-        table = self.backend.step_table([*self.state.scalars, "1 / rows"], self.model.dtype, steps)
+        columns = dict.fromkeys((*self.state.scalars, "1 / rows", *self.penalty.columns))
+        table = self.backend.step_table(list(columns), self.model.dtype, steps)
         self.backend.write(table.control, control or (self.precision.scale, 1 / self.precision.scale, 1, 0))
         return table
 
-    def _load(self, table: StepTable, first: int, sizes: Array, offsets: Array) -> None:
-        values = self.state.table_rows(first, len(sizes)) | {"1 / rows": 1 / sizes}
-        table.load(np.stack([values[c] for c in table.columns], axis=1), offsets, first)
+    def _load(self, table: StepTable, sizes: Array, offsets: Array) -> None:
+        """Rows for batches of these sizes, of which `accumulate` make an update."""
+        updates = np.arange(len(sizes)) // self.accumulate
+        rows = np.bincount(updates, sizes)[updates].astype(np.float64)  # of all batches of the update
+        values = self.state.table_rows(self.step, len(sizes), self.epoch, self.history) | {"1 / rows": 1 / rows}
+        values |= self.penalty.table_rows(rows)
+        table.load(np.stack([values[c] for c in table.columns], axis=1), offsets, self._batches + 1)
 
     # ---- reading
 
@@ -354,7 +395,7 @@ class Trainer:
 
         It is fed from a stand-in of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
         """
-        _at_least_one("plan", batch_size=batch_size)
+        whole("plan", "batch_size", batch_size)
         columns = self.model.inputs
         if columns is None:
             raise ValueError("plan: the model does not say how many columns it takes; give its class an `inputs`")
@@ -367,7 +408,7 @@ class Trainer:
         """The step for rows of so many columns with targets like y."""
         batch_size, outputs = len(y), self._outputs(columns, len(y), training=True)
         table = self._new_table(1)
-        self._load(table, 1, np.array([batch_size]), np.zeros(1, np.int64))
+        self._load(table, np.array([batch_size]), np.zeros(1, np.int64))
         with Plan(self.backend, dry=True, space=self._space).record("copies"):
             self._lower()
         step = self._new_step(batch_size, columns, y.shape[1:], self._new_sums(y, outputs), table, dry=True)
@@ -431,17 +472,24 @@ class Trainer:
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
-def _clip_norm(given: Any, dtype: np.dtype[Any]) -> float:
+def _limit(key: str, given: Any, dtype: np.dtype[Any]) -> float:
     if given is None:
         return math.inf
     if isinstance(given, bool) or not isinstance(given, Real):
-        raise TypeError(f"Trainer: clip_norm must be a number or None, got {type(given).__name__} {given!r}")
+        raise TypeError(f"Trainer: {key} must be a number or None, got {type(given).__name__} {given!r}")
     with np.errstate(over="ignore"):
         rounded = dtype.type(float(given))
     if not 0 < rounded < math.inf:
         of = f", which is {rounded:g} in {dtype}" if 0 < float(given) < math.inf else ""
-        raise ValueError(f"Trainer: clip_norm must be positive and finite, got {given}{of}; None does not clip")
+        raise ValueError(f"Trainer: {key} must be positive and finite, got {given}{of}; None does not clip")
     return float(given)
+
+
+def _check_groups(optimizer: Optimizer, names: Sequence[str]) -> None:
+    for pattern in optimizer.groups:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"Trainer: the optimizer's group {pattern!r} matches no parameter; "
+                             f"the model has {', '.join(names)}")  # fmt: skip
 
 
 def _optimizer(given: Any) -> Optimizer:
@@ -459,23 +507,16 @@ def _optimizer(given: Any) -> Optimizer:
 
 
 def _check_fit(epochs: Any, batch_size: Any, shuffle: Any, callbacks: Any, stop_below: Any) -> None:
-    _at_least_one("fit", epochs=epochs, batch_size=batch_size)
-    if not isinstance(shuffle, bool | np.bool_):
-        raise TypeError(f"fit: shuffle must be True or False, got {type(shuffle).__name__} {shuffle!r}")
-    if stop_below is not None and (isinstance(stop_below, bool) or not isinstance(stop_below, Real)):
-        raise TypeError(f"fit: stop_below must be a number, got {type(stop_below).__name__} {stop_below!r}")
+    whole("fit", "epochs", epochs)
+    whole("fit", "batch_size", batch_size)
+    if not callable(shuffle):
+        flag("fit", "shuffle", shuffle)
+    if stop_below is not None:
+        number("fit", "stop_below", stop_below)
     if not isinstance(callbacks, Sequence):
         raise TypeError(f"fit: callbacks is {type(callbacks).__name__}; expected a list of functions of the trainer")
     if bad := [c for c in callbacks if not callable(c)]:
         raise TypeError(f"fit: callback {bad[0]!r} is not callable; expected a function of the trainer")
-
-
-def _at_least_one(where: str, **numbers: Any) -> None:
-    for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"{where}: {key} must be an integer, got {type(value).__name__} {value!r}")
-        if value < 1:
-            raise ValueError(f"{where}: {key} must be at least 1, got {value}")
 
 
 def _pair(data: Any) -> tuple[Any, Any]:

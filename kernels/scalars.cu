@@ -6,9 +6,10 @@
 namespace gpubackprop {
 
 // On to the next row of the step table, up to the last one, state[3]; the row of the steps applied stands still where
-// this one was skipped.
-extern "C" __global__ void __launch_bounds__(BOUNDS) advance(Index* __restrict__ state, const R* __restrict__ control) {
-    const bool applied = control == nullptr || control[2] != 0;
+// this one was skipped, or made no update.
+extern "C" __global__ void __launch_bounds__(BOUNDS) advance(Index* __restrict__ state, const R* __restrict__ control,
+        const int applies) {
+    const bool applied = applies != 0 && (control == nullptr || control[2] != 0);
     if (state[0] < state[3]) state[0] += 1;
     if (applied && state[1] < state[3]) state[1] += 1;
 }

@@ -13,18 +13,19 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 
 # A module may import from its own level or a lower one.
 LEVELS = [
-    {"formulas"},
+    {"formulas", "checks"},
     {"backends"},
     {"plan"},
     {"backprop"},
     {"tensor", "operands", "shapes", "ops"},
-    {"data", "fused", "gradients", "arena", "initializers"},
+    {"data", "fused", "gradients", "arena", "initializers", "schedules"},
     {"datasets", "device_data"},
     {"predictor"},
     {"model"},
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
+    {"moments", "penalty"},
     {"step", "progress", "checkpoint"},
-    {"room"},
+    {"room", "callbacks"},
     {"trainer"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline"},

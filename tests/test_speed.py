@@ -7,7 +7,8 @@ import numpy as np
 from benchmarks.measure import interleaved
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
-from gpubackprop.optimizers import Adam, State
+from gpubackprop.moments import Moments
+from gpubackprop.optimizers import Adam
 from gpubackprop.plan import Plan
 
 PARAMETERS, CHUNK = 670_000, 65_536
@@ -15,9 +16,9 @@ PARAMETERS, CHUNK = 670_000, 65_536
 
 def compiled():
     """The Adam launch of an arena."""
-    state = State(Adam(), Arena({"w": Parameter((PARAMETERS,))}, backend := get_backend("cpu"), "float32"))
+    state = Moments(Adam(), Arena({"w": Parameter((PARAMETERS,))}, backend := get_backend("cpu"), "float32"))
     table = backend.step_table(list(state.scalars), "float32", 1)
-    table.load(np.stack(list(state.table_rows(1, 1).values()), axis=1), np.zeros(1, np.int64), 1)
+    table.load(np.stack(list(state.table_rows(0, 1).values()), axis=1), np.zeros(1, np.int64), 1)
     fill(state.arena.weights, state.arena.gradients, *state.moments.values())
     plan = Plan(backend)
     with plan.record("update"):

@@ -10,7 +10,8 @@ from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.formulas import ACTIVATIONS
 from gpubackprop.fused import dense_graph
-from gpubackprop.optimizers import SGD, Adam, Optimizer, State
+from gpubackprop.moments import Moments
+from gpubackprop.optimizers import SGD, Adam, Optimizer
 from gpubackprop.plan import Plan
 
 from ..cases import Import, Kernel, Network, Predict, Shell, Train, Update
@@ -62,9 +63,9 @@ def update(case: Update, device: str) -> Prepared:
         arena = Arena({"p": Parameter(p.shape)}, back, "float32")
         for buffer, value in ((arena.weights, p), (arena.gradients, g)):
             back.write(arena.slice(buffer, "p"), value)
-        state, plan = State(RULES[case.rule], arena), Plan(back, dry=True)
+        state, plan = Moments(RULES[case.rule], arena), Plan(back, dry=True)
         table = back.step_table(list(state.scalars), "float32", 1024)
-        table.load(np.stack(list(state.table_rows(1, 1024).values()), axis=1), np.zeros(1024, np.int64), 1)
+        table.load(np.stack(list(state.table_rows(0, 1024).values()), axis=1), np.zeros(1024, np.int64), 1)
         with plan.record("update"):
             state.record(table)
         return plan.sequence(), lambda: back.to_numpy(arena.slice(arena.weights, "p"))

@@ -416,5 +416,5 @@ class Backend(Protocol):
     def accumulate_loss(self, total: Buffer, table: StepTable, tally: Tally) -> Launch:
         """tally += total; the first step whose total is not finite is noted."""
 
-    def advance(self, table: StepTable) -> Launch:
-        """Move on to the next step's row."""
+    def advance(self, table: StepTable, *, applies: bool = True) -> Launch:
+        """Move on to the next step's row; applies=False: without an update, so that the row of those applied stays."""

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The activations, functions, losses and update rules."""
+    """The activations, functions, losses, penalties and update rules."""
     return sorted({key for table, _ in _makers() for key in table})
 
 
@@ -60,6 +60,7 @@ def _makers() -> list[tuple[Mapping[str, Any], Callable[[Any], list[Skeleton]]]]
         (formulas.UNARY, _unary),
         (formulas.BINARY, _binary),
         (formulas.LOSSES, _loss),
+        (formulas.PENALTIES, _penalty),
         (formulas.RULES, _rule),
     ]
 
@@ -119,6 +120,12 @@ def _loss(row: formulas.Loss) -> list[Skeleton]:
     ]  # fmt: skip
 
 
+def _penalty(row: formulas.Penalty) -> list[Skeleton]:
+    graph, scalars = formulas.hoist(row.graph(), ("p", "g", "scale"))
+    what = f"total = Σ rows * ({row.value}), g += scale * ({row.derivative}), fused"
+    return [Sum(f"{row.name}_penalty", graph, what, single=("scale",), table=scalars)]
+
+
 def _rule(row: formulas.Rule) -> list[Skeleton]:
     """`before` and `update`, whose scalars the host evaluates once per step into a table; then as they run in mixed
     precision, with a copy of the weights in half of it."""
@@ -126,7 +133,7 @@ def _rule(row: formulas.Rule) -> list[Skeleton]:
     made: list[Skeleton] = []
     for part, text in (("before", row.before), ("update", row.update)):
         if text:
-            graph, scalars = formulas.hoist(formulas.parse(text), arrays)
+            graph, scalars = formulas.hoist(row.graph(before=part == "before"), arrays)
             what = "\n".join(["these lines in one pass", *(f"    {line}" for line in text.splitlines() if line)])
             half = "the same by groups, with q = p in half precision"
             made += [

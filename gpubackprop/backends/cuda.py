@@ -476,10 +476,10 @@ class CudaBackend:
         call = self._file_kernel("scalars.cu", "accumulate_loss", sums.loss, geometry.one_thread(), arguments)
         return self._launch("accumulate_loss", "loss += total", {"total": total}, sums.buffers, 1, [call])
 
-    def advance(self, table: StepTable) -> Launch:
+    def advance(self, table: StepTable, *, applies: bool = True) -> Launch:
         """Move on to the next row; see Backend."""
         steps = _cuda(table)
-        arguments = {"state": steps.state, "control": steps.control}
+        arguments = {"state": steps.state, "control": steps.control, "applies": applies}
         call = self._file_kernel("scalars.cu", "advance", steps.control, geometry.one_thread(), arguments)
         return self._launch("advance", "next row of the step table", {}, {"state": steps.state}, 0, [call])
 

@@ -118,8 +118,8 @@ def loops() -> list[Loop]:
     for row in formulas.ACTIVATIONS.values():
         found.append(loop("map", (("y", row.forward_graph()),), ("x",)))
     for rule in formulas.RULES.values():
-        for before, scaled in product((False, True), repeat=2):
-            if graph := rule.graph(before=before, scaled=scaled):
+        for before, general in product((False, True), repeat=2):
+            if graph := rule.graph(before=before, general=general):
                 found.append(loop("map", tuple(graph.items()), ("p", "g", *rule.state, "factor"), (), ("factor",)))
     return list({made.symbol: made for made in found}.values())
 

@@ -368,8 +368,8 @@ class NativeBackend(NumpyBackend):
         kernel = self.library.kernel("accumulate_loss", total.dtype)
         return Job.of(kernel, total, *_tallied(sums), sums.correct, _native(steps))
 
-    def _advance(self, steps: NumpyStepTable) -> Call:
-        return Job.of(self.library.kernel("advance", steps.row.dtype), _native(steps))
+    def _advance(self, steps: NumpyStepTable, applies: bool) -> Call:
+        return Job.of(self.library.kernel("advance", steps.row.dtype), _native(steps), applies)
 
 
 # ---- jobs ----------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ class NumpyBackend:
             calls += self._map(graph, reads, outs, extent, dtype, table, f" [{i}]" if groups else "", applied=True)
         steps = _numpy(table)
         if advance:
-            calls.append(self._advance(steps))
+            calls.append(self._advance(steps, True))
         more = {"counters": steps.counters, "row": steps.row} if advance else {}
         return _launch(label, what, used, {**writes, **more}, flops_of(graph, shape), calls)
 
@@ -442,14 +442,14 @@ class NumpyBackend:
     def _accumulate_loss(self, total: Array, steps: NumpyStepTable, sums: NumpyTally) -> Call:
         return sums.adding(total, steps)
 
-    def advance(self, table: StepTable) -> Launch:
+    def advance(self, table: StepTable, *, applies: bool = True) -> Launch:
         """Move on to the next row; see Backend."""
         steps = _numpy(table)
         writes = {"counters": steps.counters, "row": steps.row}
-        return _launch("advance", "next row of the step table", {}, writes, 0, [self._advance(steps)])
+        return _launch("advance", "next row of the step table", {}, writes, 0, [self._advance(steps, applies)])
 
-    def _advance(self, steps: NumpyStepTable) -> Call:
-        return steps.advance
+    def _advance(self, steps: NumpyStepTable, applies: bool) -> Call:
+        return partial(steps.advance, applies)
 
 
 # ---- checks and shorthands -----------------------------------------------------------------------------------------

@@ -38,11 +38,11 @@ class NumpyStepTable:
         """Whether any step was applied; see StepTable."""
         return bool(self.control[2] or self.counters[1])
 
-    def advance(self) -> None:
-        """Move on to the next row, as far as the last."""
+    def advance(self, applies: bool = True) -> None:
+        """Move on to the next row, as far as the last; see Backend.advance."""
         last = len(self.rows) - 1
         self.counters[0] += self.counters[0] < last
-        self.counters[1] += self.control[2] != 0 and self.counters[1] < last
+        self.counters[1] += applies and self.control[2] != 0 and self.counters[1] < last
         self._read()
 
     def _read(self) -> None:

@@ -97,11 +97,11 @@ KERNEL(accumulate_loss) {
     add_to(loss.tally, *loss.total, *loss.steps);
 }
 
-// On to the next row, as far as the last; the row of the steps applied stands still where one is skipped.
+// On to the next row, as far as the last; the row of the steps applied stands still where one is skipped, or job[1] is 0.
 KERNEL(advance) {
     Steps& steps = *pointer<Steps>(job[0]);
     steps.step += steps.step < steps.last;
-    steps.applied += steps.control[2] != 0 && steps.applied < steps.last;
+    steps.applied += job[1] != 0 && steps.control[2] != 0 && steps.applied < steps.last;
     const size_t bytes = size_t(steps.width) * sizeof(R);
     memcpy(steps.row, steps.rows + steps.step * steps.width, bytes);
     memcpy(steps.applied_row, steps.rows + steps.applied * steps.width, bytes);

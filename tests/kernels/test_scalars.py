@@ -27,10 +27,12 @@ def launch(name, dtype, **arguments):
 def test_the_applied_row_stands_still_on_a_skipped_step(dtype):
     state = np.array([0, 0, 5, 77])
     for ok in (1, 0, 1, 1, 0):
-        launch("advance", dtype, state=state, control=np.array([4, 0.5, ok, 9], arithmetic(dtype)))
+        launch("advance", dtype, state=state, control=np.array([4, 0.5, ok, 9], arithmetic(dtype)), applies=1)
     assert state.tolist() == [5, 3, 5, 77]
-    launch("advance", dtype, state=state, control=None)
+    launch("advance", dtype, state=state, control=None, applies=1)
     assert state.tolist() == [6, 4, 5, 77]
+    launch("advance", dtype, state=state, control=np.array([1, 1, 1, 0], arithmetic(dtype)), applies=0)
+    assert state.tolist() == [7, 4, 5, 77]
 
 
 @every_dtype
@@ -38,7 +40,7 @@ def test_past_the_last_row_the_row_in_force_stays(dtype):
     """Nothing reads outside of the step table, whatever runs after its last step."""
     state, rows = np.array([0, 0, 5, 2]), []
     for ok in (1, 0, 1, 1, 1):
-        launch("advance", dtype, state=state, control=np.array([1, 1, ok, 0], arithmetic(dtype)))
+        launch("advance", dtype, state=state, control=np.array([1, 1, ok, 0], arithmetic(dtype)), applies=1)
         rows.append(state[:2].tolist())
     assert rows == [[1, 1], [2, 1], [2, 2], [2, 2], [2, 2]] and state[2:].tolist() == [5, 2]
 

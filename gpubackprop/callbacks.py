@@ -1,0 +1,71 @@
+"""What runs after each epoch: any function of the trainer; early stopping."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from gpubackprop.checks import flag, number, whole
+from gpubackprop.schedules import watched
+from gpubackprop.step import Keeper
+
+__all__ = ["Callback", "EarlyStopping", "each"]
+
+
+# Called with the trainer after each epoch; one that returns True stops. One that has `begin` or `end` has them called
+# with the trainer before the first epoch of a fit and after its last, however it ended.
+Callback = Callable[[Any], object]
+
+
+def each(callbacks: Iterable[Callback], moment: str, trainer: Any) -> None:
+    """Call the method of that name of those that have one."""
+    for callback in callbacks:
+        if (method := getattr(callback, moment, None)) is not None:
+            method(trainer)
+
+
+@dataclass
+class EarlyStopping:
+    """Stop when `monitor` has not improved by more than min_delta for `patience` epochs in a row; counted anew in each
+    fit. monitor=None watches the validation loss, or the loss where there is none; accuracy and r2 improve upwards.
+
+    restore_best=True puts back the weights, statistics and moments of the best epoch at the end of the fit, whether
+    it was stopped or not; the copy stays on the device. `.best` is the best figure and `.best_epoch` its epoch,
+    counted from 1.
+    """
+
+    monitor: str | None = None
+    patience: int = 10
+    min_delta: float = 0.0
+    restore_best: bool = True
+    best: float = field(default=math.nan, init=False)
+    best_epoch: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.patience = whole("EarlyStopping", "patience", self.patience)
+        self.min_delta = number("EarlyStopping", "min_delta", self.min_delta, ">= 0")
+        self.restore_best = flag("EarlyStopping", "restore_best", self.restore_best)
+
+    def begin(self, trainer: Any) -> None:
+        """Forget what was seen."""
+        self.best, self.best_epoch, self._least, self._waited = math.nan, 0, math.inf, 0
+        self._keeper = Keeper(trainer.model, trainer.state) if self.restore_best else None
+
+    def __call__(self, trainer: Any) -> bool:
+        """Whether to stop."""
+        key, values = watched(trainer.history, self.monitor, "EarlyStopping")
+        value = values[-1]
+        if value < self._least - self.min_delta:
+            self._least, self._waited = value, 0
+            self.best, self.best_epoch = trainer.history[key][-1], trainer.epoch
+            if self._keeper is not None:
+                self._keeper.keep()
+        else:
+            self._waited += 1
+        return self._waited >= self.patience
+
+    def end(self, trainer: Any) -> None:
+        """Put the best epoch back."""
+        if self._keeper is not None and self.best_epoch:
+            self._keeper.restore()
+        self._keeper = None

@@ -1,0 +1,50 @@
+"""Arguments at the door: numbers, flags and choices, with one form of error for all."""
+
+import math
+from collections.abc import Iterable
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+__all__ = ["choice", "flag", "number", "whole"]
+
+BOUNDS = {
+    "> 0": lambda v: v > 0,
+    ">= 0": lambda v: v >= 0,
+    "in [0, 1)": lambda v: 0 <= v < 1,
+    "in (0, 1)": lambda v: 0 < v < 1,
+    "in (0, 1]": lambda v: 0 < v <= 1,
+}
+
+
+def number(where: str, key: str, value: Any, bounds: str = "") -> float:
+    """The value as a float: a finite number within the bounds, a key of BOUNDS."""
+    if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's numbers are Real
+        raise TypeError(f"{where}: {key} must be a number, got {type(value).__name__} {value!r}")
+    if not (math.isfinite(value) and (not bounds or BOUNDS[bounds](value))):
+        raise ValueError(f"{where}: {key} must be {bounds or 'finite'}, got {float(value):g}")
+    return float(value)
+
+
+def whole(where: str, key: str, value: Any, least: int = 1) -> int:
+    """The value as an int: an integer, and no less than that."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{where}: {key} must be an integer, got {type(value).__name__} {value!r}")
+    if value < least:
+        raise ValueError(f"{where}: {key} must be at least {least}, got {value}")
+    return int(value)
+
+
+def flag(where: str, key: str, value: Any) -> bool:
+    """The value as a bool, which it must be."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{where}: {key} must be True or False, got {type(value).__name__} {value!r}")
+    return bool(value)
+
+
+def choice(where: str, key: str, value: Any, known: Iterable[str | None]) -> None:
+    """Raise unless the value is one of those known."""
+    known = list(known)
+    if not (value is None or isinstance(value, str)) or value not in known:
+        raise ValueError(f"{where}: unknown {key} {value!r}; choose from {', '.join(map(repr, known))}")

@@ -1,0 +1,217 @@
+"""Learning rates that change: functions of the number of updates or epochs done, evaluated on the host once per epoch.
+
+A schedule stands in an optimizer's `lr`, as does any function of one number. The rates of an epoch go into the step
+table, so that recorded steps and CUDA graphs are replayed as ever.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.checks import choice, flag, number, whole
+
+__all__ = [
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "OneCycle",
+    "Plateau",
+    "Polynomial",
+    "Rate",
+    "Schedule",
+    "Step",
+    "rates",
+]
+
+Floats = npt.NDArray[np.float64]
+History = Mapping[str, Sequence[float]]
+UNITS = ("updates", "epochs")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """`schedule(t)` is the learning rate after t updates; with per="epochs", after t epochs, the same throughout one.
+
+    Lengths are in that unit. A subclass writes `factor(t)`, which the first learning rate `lr` is multiplied by.
+    """
+
+    lr: float
+    per: str = field(default="updates", kw_only=True)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            where, bounds = type(self).__name__, _BOUNDS.get(f.name, "> 0")
+            if f.type is float:
+                object.__setattr__(self, f.name, number(where, f.name, value, bounds))
+            elif f.type is int:
+                object.__setattr__(self, f.name, whole(where, f.name, value, 0 if f.name == "warmup" else 1))
+            elif f.type is bool:
+                object.__setattr__(self, f.name, flag(where, f.name, value))
+        choice(type(self).__name__, "per", self.per, UNITS)
+
+    def factor(self, t: Any) -> Any:
+        """What lr is multiplied by at t = 0, 1, …, a number or an array."""
+        raise TypeError(f"{type(self).__name__} has no factor(t); write one that returns what lr is multiplied by")
+
+    def __call__(self, t: Any) -> Any:
+        """The learning rate at t = 0, 1, …, a number or an array."""
+        return self.lr * self.factor(np.asarray(t, np.float64))
+
+    def rates(self, updates: Floats, epoch: int, history: History) -> Floats:
+        """The rate of each of an epoch's updates, whose numbers count from 0, after `epoch` epochs of that history."""
+        return np.broadcast_to(self(updates if self.per == "updates" else float(epoch)), updates.shape)
+
+
+_BOUNDS = {"end": ">= 0", "min_delta": ">= 0", "start": "in (0, 1]", "rate": "in (0, 1]", "rise": "in (0, 1)"}
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """lr."""
+
+    def factor(self, t: Any) -> Any:
+        return np.ones_like(t)
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """lr · rate^⌊t / every⌋."""
+
+    every: int = 30
+    rate: float = 0.1
+
+    def factor(self, t: Any) -> Any:
+        return self.rate ** (t // self.every)
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    """lr · rate^t."""
+
+    rate: float = 0.99
+
+    def factor(self, t: Any) -> Any:
+        return self.rate**t
+
+
+@dataclass(frozen=True)
+class Polynomial(Schedule):
+    """(lr − end) · (1 − t / length)^power + end; end from t = length on."""
+
+    length: int = 1000
+    power: float = 1.0
+    end: float = 0.0
+
+    def factor(self, t: Any) -> Any:
+        share = 1 - np.minimum(t, self.length) / self.length
+        return share**self.power + self.end / self.lr * (1 - share**self.power)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """lr · (t + 1) / (warmup + 1) while t < warmup, then end + (lr − end) · (1 + cos(π u)) / 2, where u goes from 0 at
+    t = warmup to 1 at t = length (Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts")."""
+
+    length: int = 1000
+    warmup: int = 0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup >= self.length:
+            raise ValueError(f"Cosine: warmup {self.warmup} must be less than length {self.length}")
+
+    def factor(self, t: Any) -> Any:
+        u = np.clip((t - self.warmup) / (self.length - self.warmup), 0, 1)
+        least = self.end / self.lr
+        return np.where(t < self.warmup, (t + 1) / (self.warmup + 1), least + (1 - least) * (1 + np.cos(np.pi * u)) / 2)
+
+
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """From start · lr up to lr at t = rise · length, then down to end · lr at t = length, by half cosines (Smith &
+    Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates")."""
+
+    length: int = 1000
+    rise: float = 0.3
+    start: float = 0.04
+    end: float = 4e-6
+
+    def factor(self, t: Any) -> Any:
+        top = self.rise * self.length
+        up, down = np.clip(t / top, 0, 1), np.clip((t - top) / (self.length - top), 0, 1)
+        rising = self.start + (1 - self.start) * (1 - np.cos(np.pi * up)) / 2
+        return np.where(t < top, rising, self.end + (1 - self.end) * (1 + np.cos(np.pi * down)) / 2)
+
+
+@dataclass(frozen=True)
+class Plateau(Schedule):
+    """lr · rate^k, after the figure `monitor` failed k times to improve by more than min_delta for `patience` epochs in
+    a row, but no less than `end`. A figure of the history improves downwards, but accuracy and r2 upwards.
+
+    monitor=None watches the validation loss, or the loss where there is none.
+    """
+
+    patience: int = 10
+    rate: float = 0.1
+    min_delta: float = 0.0
+    end: float = 0.0
+    monitor: str | None = None
+
+    def rates(self, updates: Floats, epoch: int, history: History) -> Floats:
+        """The rate, found anew from the whole history: nothing is kept between epochs."""
+        best, waited, failures = math.inf, 0, 0
+        for value in watched(history, self.monitor, "Plateau")[1] if epoch else ():
+            if value < best - self.min_delta:
+                best, waited = value, 0
+            else:
+                waited += 1
+            if waited >= self.patience:
+                failures, waited = failures + 1, 0
+        return np.full(updates.shape, max(self.lr * self.rate**failures, min(self.end, self.lr)))
+
+    def __call__(self, t: Any) -> Any:
+        raise TypeError("Plateau: the rate depends on the history; it has no value at a number of updates")
+
+
+RISING = ("accuracy", "r2")  # figures that are better the larger they are
+
+
+def watched(history: History, monitor: str | None, where: str) -> tuple[str, list[float]]:
+    """The figure's name, and its value after each epoch, negative where larger is better; a NaN is the worst."""
+    key = monitor or ("val_loss" if "val_loss" in history else "loss")
+    if key not in history:
+        raise ValueError(f"{where}: unknown figure {key!r}; the history has {', '.join(history)}")
+    sign = -1 if key.removeprefix("val_") in RISING else 1
+    return key, [math.inf if math.isnan(v) else sign * v for v in history[key]]
+
+
+Rate = float | Schedule | Callable[[int], float]
+
+
+def rates(lr: Rate, updates: Floats, epoch: int, history: History) -> Floats:
+    """The learning rate of each of an epoch's updates, whose numbers count from 0: finite and not negative."""
+    if isinstance(lr, Schedule):
+        values = lr.rates(updates, epoch, history)
+    elif callable(lr):
+        values = np.array([_number(lr(int(t)), int(t)) for t in updates])
+    else:
+        return np.full(updates.shape, lr)
+    if not ((values >= 0) & (values < math.inf)).all():
+        at = int(np.argmin((values >= 0) & (values < math.inf)))
+        raise ValueError(f"learning rate: the schedule gives {values[at]} at update {int(updates[at])}; "
+                         f"expected a finite number >= 0")  # fmt: skip
+    return values
+
+
+def _number(value: Any, t: int) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        got = f"{type(value).__name__} {value!r}"
+        raise TypeError(f"learning rate: the schedule gives {got} at update {t}; expected a number") from None
