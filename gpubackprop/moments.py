@@ -26,6 +26,8 @@ NO_HISTORY: History = MappingProxyType({})
 class Moments:
     """An optimizer's moments over an arena, and the launches that step the weights."""
 
+    finished = False  # whether there is no further step to make
+
     def __init__(self, optimizer: Optimizer, arena: Arena) -> None:
         self.optimizer = optimizer
         self.arena = arena

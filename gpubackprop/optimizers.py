@@ -288,7 +288,7 @@ class LBFGS(Optimizer):
     gradient exceeds `tolerance`, or no further decrease is found.
     """
 
-    lr: Rate = 1.0
+    lr: float = 1.0
     history: int = 10
     evaluations: int = 25
     tolerance: float = 1e-7

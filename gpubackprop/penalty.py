@@ -3,20 +3,20 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.arena import Arena
-from gpubackprop.backends.base import Graph, StepTable, Tally
+from gpubackprop.backends.base import StepTable, Tally
 from gpubackprop.checks import number
-from gpubackprop.formulas import PENALTIES, describe
+from gpubackprop.formulas import PENALTIES, RESULT, Expr, describe, free_names, parse
 from gpubackprop.moments import columns_of, values_of
-from gpubackprop.plan import empty, release, run
+from gpubackprop.plan import empty, run
 
 __all__ = ["Penalty", "Strength"]
 
+Floats = npt.NDArray[np.float64]
 Strength = float | Callable[[float], float]
 
 
@@ -40,38 +40,49 @@ class Penalty:
         )
 
     @cached_property
-    def _graph(self) -> Graph:
-        return PENALTIES[self.name].graph() if self.name else {}
+    def _scalars(self) -> dict[str, Expr]:
+        """The columns of the step table that its launch reads, and what they mean."""
+        graph = PENALTIES[self.name].graph() if self.name else {}
+        return {describe(e): e for e in columns_of(graph, ("p", "g", "scale"))}
 
-    @cached_property
+    @property
     def columns(self) -> list[str]:
         """The columns of the step table that its launch reads."""
-        return [describe(e) for e in columns_of(self._graph, ("p", "g", "scale"))]
+        return list(self._scalars)
 
-    def table_rows(self, rows: npt.NDArray[np.float64]) -> dict[str, npt.NDArray[np.float64]]:
+    def table_rows(self, rows: Floats) -> dict[str, Floats]:
         """Each column at steps whose batches have so many rows."""
-        named: dict[str, Any] = {"rows": rows}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            each = (
-                {n: number("Trainer", f"{f.name}({n:g})", value(n), ">= 0") for n in set(rows)}
-                if callable(value)
-                else {}
-            )
-            named[f.name] = np.array([each[n] for n in rows]) if each else value
-        return {describe(e): values_of(e, named, rows) for e in columns_of(self._graph, ("p", "g", "scale"))}
+        each = {n: self._strengths(n) for n in set(rows.tolist())}
+        named = {key: np.array([each[n][key] for n in rows.tolist()]) for key in ("l1", "l2")}
+        return {column: values_of(e, named | {"rows": rows}, rows) for column, e in self._scalars.items()}
 
-    def record(self, arena: Arena, table: StepTable, tally: Tally, *, gradient: bool = True) -> None:
+    def record(self, arena: Arena, table: StepTable, tally: Tally) -> None:
         """Launch: the penalty, times the batch's rows, to the tally, and its gradient to the arena's."""
         if not (self.name and arena.matrices):
             return
-        back, end = arena.backend, arena.matrices
-        p, g = arena.weights[0, :end], arena.gradients[0, :end] if gradient else None
-        total, row = empty(back, (), table.control.dtype), PENALTIES[self.name]
-        reads = {"p": p} | ({"g": g, "scale": table.control[:1]} if gradient else {})
-        graph = {k: e for k, e in self._graph.items() if gradient or k == "total"}
-        what = f"total = Σ rows · ({row.value}); g += {row.derivative}" if gradient else f"total = Σ ({row.value})"
+        back, row = arena.backend, PENALTIES[self.name]
+        p, g = (buffer[0, : arena.matrices] for buffer in (arena.weights, arena.gradients))
+        total = empty(back, (), table.control.dtype)
+        reads = {"p": p, "g": g, "scale": table.control[:1]}
+        what = f"total = Σ rows · ({row.value}); g += {row.derivative}"
+        label, graph = f"{row.name} penalty", row.graph()
         run(total, lambda: back.elementwise_sum(
-            f"{self.name} penalty", graph, reads, total, {"g": g} if gradient else {}, table=table, tally=tally,
-            what=what))  # fmt: skip
-        release(total)
+            label, graph, reads, total, {"g": g}, table=table, tally=tally, what=what))  # fmt: skip
+
+    def value(self, arena: Arena, rows: float) -> float:
+        """What it adds to the mean loss of so many rows, as the weights are."""
+        if not (self.name and arena.matrices):
+            return 0.0
+        back, total = arena.backend, arena.backend.empty((), arena.dtype)
+        strengths = {k: back.asarray(np.array([v], arena.dtype)) for k, v in self._strengths(rows).items()}
+        graph = {"total": parse(PENALTIES[self.name].value)[RESULT]}
+        reads = {"p": arena.weights[0, : arena.matrices]} | {
+            k: strengths[k] for k in free_names(*graph.values()) if k != "p"
+        }
+        back.elementwise_sum(f"{self.name} value", graph, reads, total).run()
+        return float(back.to_numpy(total))
+
+    def _strengths(self, rows: float) -> dict[str, float]:
+        """l1 and l2 for so many rows."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: number("Trainer", f"{k}({rows:g})", v(rows), ">= 0") if callable(v) else v for k, v in found.items()}

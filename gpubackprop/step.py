@@ -175,7 +175,11 @@ class Step:
         """The pass over a batch, the first or the last of those that an update takes."""
         if (ready := self._ready.get((first, last))) is not None:
             ready()
-            return
+        else:
+            self._ready[first, last] = self._record(first, last)
+
+    def _record(self, first: bool, last: bool) -> Callable[[], object]:
+        """Run the sections that are due, recording those that are new; one call that replays them."""
         sections = self._sections(first, last)
         for section in sections:
             if section in self.plan.sections:
@@ -183,8 +187,7 @@ class Step:
             else:
                 with self.plan.record(section):
                     getattr(self, f"_{section}")()
-        captured = self._graphs and self._graphs.capture(self.plan, sections)
-        self._ready[first, last] = captured or self.plan.sequence(*sections)
+        return (self._graphs and self._graphs.capture(self.plan, sections)) or self.plan.sequence(*sections)
 
     # ---- the sections
 

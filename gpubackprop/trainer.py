@@ -19,11 +19,12 @@ from gpubackprop.callbacks import Callback, each
 from gpubackprop.checks import flag, number, whole
 from gpubackprop.data import as_features, check_same_length
 from gpubackprop.device_data import check_one_place, on_device, taken
+from gpubackprop.lbfgs import Curvature, SearchStep
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
 from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
 from gpubackprop.moments import HostMoments, Moments
-from gpubackprop.optimizers import OPTIMIZERS, Optimizer
+from gpubackprop.optimizers import LBFGS, OPTIMIZERS, Optimizer
 from gpubackprop.penalty import Penalty, Strength
 from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
@@ -108,6 +109,9 @@ class Trainer:
         self.clip_value = _limit("clip_value", clip_value, np.dtype(self.precision.master))
         self.penalty = Penalty(l1, l2)
         self.accumulate = whole("Trainer", "accumulate", accumulate)
+        if self._searches and (self.precision.mixed or clip_norm or clip_value or accumulate > 1):
+            raise ValueError("Trainer: LBFGS searches along gradients of all rows in the weights' own type; leave out "
+                             "clip_norm, clip_value and accumulate, and use precision float32 or float64")  # fmt: skip
         self.cuda_graph = flag("Trainer", "cuda_graph", cuda_graph)
         self.history: History = {}
         self.epoch = self.step = 0  # step: updates made
@@ -127,7 +131,8 @@ class Trainer:
         self.backend = get_backend(device)
         if self.model.arena.backend is not self.backend:
             self.model.to(self.backend.device)
-        self.state = Moments(self._optimizer, self.model.arena)
+        optimizer, arena = self._optimizer, self.model.arena
+        self.state = Curvature(optimizer, arena) if isinstance(optimizer, LBFGS) else Moments(optimizer, arena)
         self.state.load(moments or {})
         self._terms = Terms(
             self.objective, self.precision, self.penalty, self.clip_norm, self.clip_value, self.accumulate, self.seed
@@ -159,6 +164,11 @@ class Trainer:
     def optimizer(self) -> Optimizer:
         """The rule that steps the weights; another one takes another Trainer, with moments of its own."""
         return self._optimizer
+
+    @property
+    def _searches(self) -> bool:
+        """Whether a step is a line search over all rows."""
+        return isinstance(self._optimizer, LBFGS)
 
     def __repr__(self) -> str:
         about = f"{self.objective.name}, {self.optimizer}, {self.backend.device}, seed {self.seed}"
@@ -195,7 +205,7 @@ class Trainer:
             self._prepare(self.model.backend.device, self.state.host(), self._control())
         x, y = self._data(x, y, "fit")
         held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
-        batch_size = min(int(batch_size), len(x))
+        batch_size = len(x) if self._searches else min(int(batch_size), len(x))
         try:
             return self._fit(x, y, int(epochs), batch_size, held_out, shuffle, list(callbacks), progress, stop_below)
         except DeviceMemoryError as error:  # whose traceback, and that of its cause, hold what the failed step took
@@ -218,7 +228,7 @@ class Trainer:
         steps = self._steps_for(source, sums, len(x), batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
-        self._fitting, applied = True, False
+        self._fitting, self.state.finished, applied = True, False, False
         each(callbacks, "begin", self)
         try:
             with Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar:
@@ -234,7 +244,7 @@ class Trainer:
                     if self.model.arena is not self.state.arena:
                         raise RuntimeError("fit: a callback moved the model's parameters; do it between fits")
                     loss = figures["loss" if held_out is None else "val_loss"]
-                    if any(stops) or (stop_below is not None and loss < stop_below):
+                    if any(stops) or self.state.finished or (stop_below is not None and loss < stop_below):
                         break
         finally:
             self._fitting = False
@@ -342,7 +352,8 @@ class Trainer:
     def _new_step(
         self, rows: int, columns: int, target: tuple[int, ...], sums: Sums, table: StepTable, dry: bool = False
     ) -> Step:
-        return Step(self.model, self._terms, self.state, table, sums, rows, columns, target, self._space, dry)
+        step = SearchStep if self._searches else Step
+        return step(self.model, self._terms, self.state, table, sums, rows, columns, target, self._space, dry)
 
     def _lower(self) -> None:
         """Bring the copies in the compute type up to date with what anyone wrote into the weights."""
@@ -376,7 +387,7 @@ class Trainer:
     # ---- reading
 
     def evaluate(self, x: Any, y: Any) -> dict[str, float]:
-        """Mean loss and metrics over the rows, without training behaviour."""
+        """Mean loss, penalties included, and metrics over the rows, without training behaviour."""
         return self._figures(*self._data(x, y, "evaluate"))
 
     def _figures(self, x: Array, y: Array) -> dict[str, float]:
@@ -384,7 +395,8 @@ class Trainer:
         sums = self._new_sums(y, output.shape[1])
         self.objective.tallied(output, target, self._table, sums.tally, sums.counts)
         sums.add(output, target)
-        return sums.figures(len(y), y)
+        figures = sums.figures(len(y), y)
+        return figures | {"loss": figures["loss"] + self.penalty.value(self.model.arena, len(y))}
 
     def predict(self, x: Any) -> Any:
         """The raw output for every row (logits, for a classifier), in x's own kind of array."""

@@ -25,7 +25,7 @@ LEVELS = [
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
     {"moments", "penalty"},
     {"step", "progress", "checkpoint"},
-    {"room", "callbacks"},
+    {"room", "callbacks", "lbfgs"},
     {"trainer"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline"},

@@ -1,7 +1,9 @@
 """Optimizers: every rule against a plain NumPy loop of its paper's equations, and torch where there is one."""
 
+import json
 import math
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +17,21 @@ from gpubackprop.optimizers import OPTIMIZERS
 # `decays` says whether weight decay applies to the array.
 
 
+def coupled(p, o, decays):
+    """What weight decay adds to the gradient."""
+    return o.weight_decay * p if decays else 0.0
+
+
 def sgd(p, o, decays):
     while True:
-        p = p - o.lr * (yield p, p)
+        g = (yield p, p) + coupled(p, o, decays)
+        p = p - o.lr * g
 
 
 def momentum(p, o, decays):
     z = np.zeros_like(p)
     while True:
-        z = o.momentum * z + (yield p, p)
+        z = o.momentum * z + (yield p, p) + coupled(p, o, decays)
         p = p - o.lr * z
 
 
@@ -35,29 +43,153 @@ def lookahead(p, o, decays):
         p = p + v
 
 
-def adam(p, o, decays):
-    """Kingma & Ba, Algorithm 1; with weight decay Loshchilov & Hutter, Algorithm 2 (decoupled)."""
-    m, v, t = np.zeros_like(p), np.zeros_like(p), 0
-    decay = o.lr * getattr(o, "weight_decay", 0.0) if decays else 0.0
+def nesterov_torch(p, o, decays):
+    z = np.zeros_like(p)
     while True:
-        g = yield p, p
+        g = (yield p, p) + coupled(p, o, decays)
+        z = o.momentum * z + g
+        p = p - o.lr * (g + o.momentum * z)
+
+
+def nesterov_seed(p, o, decays):
+    """z' = βz + ∇f(p − βz), p' = p − αz': the notes' look-ahead, without the learning rate."""
+    z = np.zeros_like(p)
+    while True:
+        z = o.momentum * z + (yield p - o.momentum * z, p)
+        p = p - o.lr * z
+
+
+def root(v, o):
+    """√v + eps, or √(v + eps)."""
+    return np.sqrt(v) + o.eps if o.eps_at == "outside" else np.sqrt(v + o.eps)
+
+
+def adagrad(p, o, decays):
+    v = np.zeros_like(p)
+    while True:
+        g = (yield p, p) + coupled(p, o, decays)
+        v = v + g * g
+        p = p - o.lr * g / root(v, o)
+
+
+def adadelta(p, o, decays):
+    """Zeiler, Algorithm 1; lr scales the step."""
+    v, u = np.zeros_like(p), np.zeros_like(p)
+    while True:
+        g = (yield p, p) + coupled(p, o, decays)
+        v = o.rho * v + (1 - o.rho) * g * g
+        step = np.sqrt(u + o.eps) / np.sqrt(v + o.eps) * g
+        u = o.rho * u + (1 - o.rho) * step * step
+        p = p - o.lr * step
+
+
+def rmsprop(p, o, decays):
+    v, m, z = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
+    while True:
+        g = (yield p, p) + coupled(p, o, decays)
+        v = o.rho * v + (1 - o.rho) * g * g
+        m = o.rho * m + (1 - o.rho) * g
+        z = o.momentum * z + g / root(v - m * m if o.centered else v, o)
+        p = p - o.lr * z
+
+
+def adam(p, o, decays):
+    """Kingma & Ba, Algorithm 1; with AdamW's weight decay Loshchilov & Hutter, Algorithm 2 (decoupled)."""
+    m, v, t = np.zeros_like(p), np.zeros_like(p), 0
+    decoupled = isinstance(o, gb.AdamW)
+    while True:
+        g = (yield p, p) + (0 if decoupled else coupled(p, o, decays))
         t += 1
         m = o.beta1 * m + (1 - o.beta1) * g
         v = o.beta2 * v + (1 - o.beta2) * g * g
         m_hat, v_hat = m / (1 - o.beta1**t), v / (1 - o.beta2**t)
-        p = p - decay * p - o.lr * m_hat / (np.sqrt(v_hat) + o.eps)
+        eps = o.eps if o.eps_at == "outside" else o.eps / math.sqrt(1 - o.beta2**t)
+        p = p - o.lr * decoupled * coupled(p, o, decays) - o.lr * m_hat / (np.sqrt(v_hat) + eps)
+
+
+def nadam(p, o, decays):
+    """Dozat, with PyTorch's schedule of the momentum."""
+    m, v, t, product = np.zeros_like(p), np.zeros_like(p), 0, 1.0
+    while True:
+        g = (yield p, p) + coupled(p, o, decays)
+        t += 1
+        now, ahead = (o.beta1 * (1 - 0.5 * 0.96 ** (k * o.momentum_decay)) for k in (t, t + 1))
+        product *= now
+        m = o.beta1 * m + (1 - o.beta1) * g
+        v = o.beta2 * v + (1 - o.beta2) * g * g
+        m_hat = ahead * m / (1 - product * ahead) + (1 - now) * g / (1 - product)
+        p = p - o.lr * m_hat / (np.sqrt(v / (1 - o.beta2**t)) + o.eps)
+
+
+def adamax(p, o, decays):
+    """Kingma & Ba, Algorithm 2, with eps beside |g|."""
+    m, u, t = np.zeros_like(p), np.zeros_like(p), 0
+    while True:
+        g = (yield p, p) + coupled(p, o, decays)
+        t += 1
+        m = o.beta1 * m + (1 - o.beta1) * g
+        u = np.maximum(o.beta2 * u, np.abs(g) + o.eps)
+        p = p - o.lr / (1 - o.beta1**t) * m / u
+
+
+def radam(p, o, decays):
+    """Liu et al., Algorithm 2."""
+    m, v, t = np.zeros_like(p), np.zeros_like(p), 0
+    while True:
+        g = (yield p, p) + coupled(p, o, decays)
+        t += 1
+        m = o.beta1 * m + (1 - o.beta1) * g
+        v = o.beta2 * v + (1 - o.beta2) * g * g
+        m_hat, power, last = m / (1 - o.beta1**t), o.beta2**t, 2 / (1 - o.beta2) - 1
+        rho = last - 2 * t * power / (1 - power)
+        if rho > 5:
+            r = math.sqrt((rho - 4) * (rho - 2) * last / ((last - 4) * (last - 2) * rho))
+            p = p - o.lr * m_hat * r * math.sqrt(1 - power) / (np.sqrt(v) + o.eps)
+        else:
+            p = p - o.lr * m_hat
+
+
+def lion(p, o, decays):
+    """Chen et al., Algorithm 2."""
+    m = np.zeros_like(p)
+    while True:
+        g = yield p, p
+        c = o.beta1 * m + (1 - o.beta1) * g
+        p = p - o.lr * (np.sign(c) + coupled(p, o, decays))
+        m = o.beta2 * m + (1 - o.beta2) * g
 
 
 # Not every setting can be compared over 100 steps: Adam with beta2 = 0.9 swings around the minimum so that one rounding
 # error grows by 10⁷.
 RULES = {
     "sgd": (gb.SGD(0.05), sgd),
+    "sgd, decay": (gb.SGD(0.05, weight_decay=0.1), sgd),
     "momentum": (gb.SGD(0.02, momentum=0.9), momentum),
+    "momentum, decay": (gb.SGD(0.02, momentum=0.9, weight_decay=0.1), momentum),
     "lookahead": (gb.SGD(0.02, momentum=0.9, nesterov="lookahead"), lookahead),
+    "nesterov, torch": (gb.SGD(0.02, momentum=0.9, nesterov="torch"), nesterov_torch),
+    "nesterov, seed": (gb.SGD(0.02, momentum=0.1, nesterov="seed"), nesterov_seed),
+    "adagrad": (gb.Adagrad(0.1), adagrad),
+    "adagrad, inside": (gb.Adagrad(0.1, eps=1e-3, eps_at="inside"), adagrad),
+    "adadelta": (gb.Adadelta(), adadelta),
+    "adadelta, decay": (gb.Adadelta(0.5, rho=0.8, eps=1e-4, weight_decay=0.1), adadelta),
+    "rmsprop": (gb.RMSprop(0.003), rmsprop),
+    "rmsprop, inside": (gb.RMSprop(0.003, eps=1e-3, eps_at="inside"), rmsprop),
+    "rmsprop, momentum": (gb.RMSprop(0.001, momentum=0.8), rmsprop),
+    "rmsprop, centered": (gb.RMSprop(0.003, rho=0.9, centered=True, eps=1e-2), rmsprop),
+    "rmsprop, both": (gb.RMSprop(0.001, rho=0.9, momentum=0.8, centered=True, eps=1e-2, weight_decay=0.1), rmsprop),
     "adam": (gb.Adam(0.01), adam),
     "adam, other constants": (gb.Adam(0.02, beta1=0.8, beta2=0.99, eps=1e-2), adam),
+    "adam, decay": (gb.Adam(0.01, weight_decay=0.1), adam),
+    "adam, hat": (gb.Adam(0.01, eps=1e-2, eps_at="hat"), adam),
     "adamw": (gb.AdamW(0.01, weight_decay=0.1), adam),
     "adamw without decay": (gb.AdamW(0.01, weight_decay=0.0), adam),
+    "nadam": (gb.Nadam(0.01), nadam),
+    "adamax": (gb.Adamax(0.01), adamax),
+    "radam": (gb.RAdam(0.01), radam),
+    "radam, decay": (gb.RAdam(0.01, beta2=0.99, weight_decay=0.1), radam),
+    "lion": (gb.Lion(0.003), lion),
+    "lion, decay": (gb.Lion(0.003, weight_decay=0.5), lion),
 }
 
 
@@ -116,14 +248,13 @@ def test_weights_follow_the_papers_equations(name, case, steps, rng):
         np.testing.assert_allclose(value, expected[key], rtol=1e-12, atol=1e-12 * np.abs(expected[key]).max())
 
 
-@pytest.mark.parametrize("split", [(1, 99), (50, 50)])
 @pytest.mark.parametrize("name", RULES)
-def test_a_second_fit_goes_on_with_the_moments(name, split, rng):
+def test_a_second_fit_goes_on_with_the_moments(name, rng):
     optimizer, rule = RULES[name]
     model, x, t, gradient = net_case(rng)
     expected = plain_loop(rule, optimizer, model.state_dict(), gradient, 100)
     trainer = gb.Trainer(model, "mse", optimizer, seed=0)
-    for epochs in split:
+    for epochs in (1, 99):
         trainer.fit(x, t, epochs=epochs, batch_size=12, shuffle=False)
     for key, value in model.state_dict().items():
         np.testing.assert_allclose(value, expected[key], rtol=1e-12, atol=1e-12)
@@ -222,29 +353,34 @@ def test_one_instance_serves_many_trainers(rng):
 
 # ---- torch ---------------------------------------------------------------------------------------------------------
 
+PATHS = json.loads((Path(__file__).parent / "data" / "torch_paths.json").read_text())
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adam, other constants", "adamw"])
+
+def following(optimizer, path, x, t):
+    """The largest distance from a path of weights, {steps: {name: array}}, over the weights there."""
+    model = gb.mlp([3, 5, 2], "tanh", dtype="float64").initialize(2)
+    trainer, worst = gb.Trainer(model, "mse", optimizer, seed=0), 0.0
+    for steps, weights in path.items():
+        trainer.fit(x, t, epochs=int(steps) - trainer.epoch, batch_size=12, shuffle=False)
+        for key, value in model.state_dict().items():
+            w = np.array(weights[key])
+            worst = max(worst, float(np.abs(value - w).max() / np.abs(w).max()))
+    return worst
+
+
+@pytest.mark.parametrize("name", PATHS["paths"])
+def test_weights_follow_the_stored_path_of_torch(name, rng):
+    _, x, t, _ = net_case(rng)
+    assert following(RULES[name][0], PATHS["paths"][name], x, t) <= 1e-12
+
+
+@pytest.mark.parametrize("name", PATHS["paths"])
 def test_weights_follow_torch(name, rng):
-    torch = pytest.importorskip("torch", reason="torch is not installed")
-    optimizer, _ = RULES[name]
-    model, x, t, gradient = net_case(rng)
-    weights = {k: torch.tensor(a, requires_grad=True) for k, a in model.state_dict().items()}
-    matrices = [p for p in weights.values() if p.ndim >= 2]
-    vectors = [p for p in weights.values() if p.ndim < 2]
-    if isinstance(optimizer, gb.SGD):
-        theirs = torch.optim.SGD(weights.values(), lr=optimizer.lr, momentum=optimizer.momentum)
-    else:
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        betas = optimizer.beta1, optimizer.beta2
-        decay = getattr(optimizer, "weight_decay", 0.0)
-        theirs = torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, weight_decay=decay)
-    gb.Trainer(model, "mse", optimizer, seed=0).fit(x, t, epochs=100, batch_size=12, shuffle=False)
-    for _ in range(100):
-        for key, g in gradient({k: p.detach().numpy() for k, p in weights.items()}).items():
-            weights[key].grad = torch.tensor(g)
-        theirs.step()
-    for key, value in model.state_dict().items():
-        np.testing.assert_allclose(value, weights[key].detach().numpy(), rtol=1e-12, atol=1e-12)
+    pytest.importorskip("torch", reason="torch is not installed")
+    from tests.torch_paths import path_of
+
+    _, x, t, _ = net_case(rng)
+    assert following(RULES[name][0], path_of(RULES[name][0], x, t), x, t) <= 1e-12
 
 
 # ---- hyperparameters -----------------------------------------------------------------------------------------------

@@ -1,0 +1,171 @@
+"""LBFGS: a step whose direction and length are found on the host, from whole-batch losses and gradients."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.arena import Arena
+from gpubackprop.moments import Moments
+from gpubackprop.optimizers import LBFGS
+from gpubackprop.step import Step
+
+__all__ = ["Curvature", "SearchStep"]
+
+Vector = npt.NDArray[np.float64]
+DECREASE, CURVATURE = 1e-4, 0.9  # c₁ and c₂ of the strong Wolfe conditions
+GROWTH = 10.0  # of a trial step, at most
+MARGIN = 0.1  # of an interval, that a trial step in it stays away from the ends
+
+
+class Curvature(Moments):
+    """The last changes of weights and gradients, from which the inverse Hessian is estimated; no launches."""
+
+    def __init__(self, optimizer: LBFGS, arena: Arena) -> None:
+        super().__init__(optimizer, arena)
+        self.search = optimizer
+        self.pairs: list[tuple[Vector, Vector]] = []
+
+    def direction(self, g: Vector) -> Vector:
+        """−H g, by two loops over the pairs (Nocedal & Wright, "Numerical Optimization", Algorithm 7.4)."""
+        q, shares = -g, []
+        for s, y in reversed(self.pairs):
+            share = (s @ q) / (y @ s)
+            shares.append(share)
+            q -= share * y
+        if self.pairs:
+            s, y = self.pairs[-1]
+            q *= (s @ y) / (y @ y)
+        for (s, y), share in zip(self.pairs, reversed(shares), strict=True):
+            q += (share - (y @ q) / (y @ s)) * s
+        return q
+
+    def learn(self, s: Vector, y: Vector) -> None:
+        """Take a change of weights and of gradients, if the curvature along it is positive."""
+        if s @ y > np.finfo(np.float64).eps * (y @ y):
+            self.pairs = [*self.pairs, (s, y)][-self.search.history :]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a line was looked at: the step's length, loss, slope along the line, weights, gradient."""
+
+    length: float
+    loss: float
+    slope: float
+    weights: Vector
+    gradient: Vector
+
+
+class SearchStep(Step):
+    """A step by line search: `run()` evaluates loss and gradient, penalties included, as often as that takes.
+
+    It leaves the loss and the metrics of the weights it ends with.
+    """
+
+    state: Curvature
+    _here: Point | None = None  # where the last step ended
+    _last: Point | None = None  # where the loss was last evaluated, in this one
+
+    def run(self, first: bool = True, last: bool = True) -> None:
+        if not self._ready:
+            self._ready[True, True] = self._record(True, True)
+            self._here = None
+        weights, self._last = self._read(self.model.arena.weights), None
+        here = self._here
+        if here is None or (here.weights != weights).any():
+            here = self._evaluate(weights)
+        if not math.isfinite(here.loss) or np.abs(here.gradient).max(initial=0) <= self.state.search.tolerance:
+            self._end(here, here)
+            return
+        d = self.state.direction(here.gradient)
+        if (slope := float(here.gradient @ d)) >= 0:
+            self.state.pairs, d = [], -here.gradient
+            slope = float(here.gradient @ d)
+        first_length = 1.0 if self.state.pairs else min(1.0, 1 / float(np.abs(here.gradient).sum()))
+        start = Point(0.0, here.loss, slope, here.weights, here.gradient)
+
+        def at(length: float) -> Point:
+            return self._evaluate(weights + length * d, length, d)
+
+        found = strong_wolfe(at, start, self.state.search.lr * first_length, self.state.search.evaluations)
+        self.state.learn(found.weights - here.weights, found.gradient - here.gradient)
+        self._end(here, found)
+
+    def _end(self, begun: Point, found: Point) -> None:
+        """Stand at the point; the search is over where it is where it began."""
+        self._here = found if found is self._last else self._evaluate(found.weights)
+        self.state.finished = bool((found.weights == begun.weights).all())
+
+    def _evaluate(self, weights: Vector, length: float = 0.0, d: Vector | None = None) -> Point:
+        back, arena = self.backend, self.model.arena
+        back.write(arena.weights, weights.astype(arena.dtype)[None])
+        self.sums.clear()
+        self.plan.replay(*(s for s in ("gradient", "penalty") if s in self.plan.sections))
+        loss, gradient = self.sums.tally.read()[0] / self.rows, self._read(arena.gradients)
+        slope = 0.0 if d is None else float(gradient @ d)
+        self._last = point = Point(length, loss, slope, self._read(arena.weights), gradient)  # the weights as rounded
+        return point
+
+    def _read(self, buffer: Any) -> Vector:
+        row: Vector = self.backend.to_numpy(buffer)[0].astype(np.float64)
+        return row
+
+
+def strong_wolfe(at: Callable[[float], Point], start: Point, length: float, evaluations: int) -> Point:
+    """A point of sufficient decrease and small slope; failing that the best seen, which may be the start
+    (Nocedal & Wright, "Numerical Optimization", Algorithms 3.5 and 3.6)."""
+    before, best = start, start
+    low: Point | None = None
+    high = start
+    for _ in range(evaluations):
+        point = at(length)
+        best = point if point.loss < best.loss else best
+        rises = not point.loss <= start.loss + DECREASE * point.length * start.slope
+        if not rises and abs(point.slope) <= -CURVATURE * start.slope:
+            return point
+        if low is None:  # no interval yet that holds such a point
+            if rises or (before is not start and point.loss >= before.loss):
+                low, high = before, point
+            elif point.slope >= 0:
+                low, high = point, before
+            else:
+                before, length = point, _beyond(before, point)
+                continue
+        elif rises or point.loss >= low.loss:
+            high = point
+        else:
+            high = low if point.slope * (high.length - low.length) >= 0 else high
+            low = point
+        length = _between(low, high)
+        if length in (low.length, high.length) or abs(high.length - low.length) * np.abs(start.slope) < 1e-300:
+            break
+    return best
+
+
+def _cubic(a: Point, b: Point) -> float:
+    """The minimum of the cubic with these losses and slopes; NaN if it has none (Nocedal & Wright, equation 3.59)."""
+    with np.errstate(all="ignore"):
+        d1 = a.slope + b.slope - 3 * (a.loss - b.loss) / (a.length - b.length)
+        square = d1 * d1 - a.slope * b.slope
+        if not square >= 0:
+            return math.nan
+        d2 = math.copysign(math.sqrt(square), b.length - a.length)
+        return float(b.length - (b.length - a.length) * np.divide(b.slope + d2 - d1, b.slope - a.slope + 2 * d2))
+
+
+def _between(a: Point, b: Point) -> float:
+    """A trial step inside the interval, by the cubic, but away from its ends."""
+    margin = MARGIN * abs(b.length - a.length)
+    least, most = sorted((a.length, b.length))
+    found = _cubic(a, b)
+    return min(max(found, least + margin), most - margin) if math.isfinite(found) else (a.length + b.length) / 2
+
+
+def _beyond(a: Point, b: Point) -> float:
+    """A longer trial step, by the cubic through the last two."""
+    found, most = _cubic(a, b), GROWTH * b.length
+    return min(max(found, b.length + 0.01 * (b.length - a.length)), most) if math.isfinite(found) else most
