@@ -83,6 +83,7 @@ from gpubackprop.optimizers import (
     RMSprop,
 )
 from gpubackprop.plan import Plan
+from gpubackprop.range_test import lr_range_test
 from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -95,8 +96,8 @@ __all__ = [
     "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add", "batch_norm",
     "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide", "dropout", "exp",
     "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log", "log1p",
-    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg",
-    "power", "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid", "sin", "softmax",
-    "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
-    "transpose", "value_and_grad", "where",
+    "log_softmax", "logsumexp", "lr_range_test", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
+    "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid", "sin",
+    "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
+    "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip

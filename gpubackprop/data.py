@@ -19,6 +19,7 @@ __all__ = [
     "on_host",
     "split",
     "surely_finite",
+    "take",
 ]
 
 Array = NDArray[Any]
@@ -238,7 +239,7 @@ def split(
         rank = np.empty_like(order)  # of each shuffled row within its class
         rank[codes.argsort(kind="stable")] = np.arange(n) - np.repeat(sizes.cumsum() - sizes, sizes)
         held = rank < shares[codes]
-    return tuple(part for a in arrays for part in (_take(a, order[~held]), _take(a, order[held])))
+    return tuple(part for a in arrays for part in (take(a, order[~held]), take(a, order[held])))
 
 
 def _test_rows(test: float, n: int) -> int:
@@ -288,7 +289,7 @@ def _shares(sizes: NDArray[np.intp], count: int) -> NDArray[np.intp]:
     return shares
 
 
-def _take(a: Any, rows: NDArray[np.intp]) -> Any:
+def take(a: Any, rows: NDArray[np.intp]) -> Any:
     """Those rows of a in its own type; lists become arrays."""
     if hasattr(a, "iloc"):
         return a.iloc[rows]

@@ -40,6 +40,8 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         where = type(self).__name__
+        if isinstance(self.lr, type):
+            raise TypeError(f"{where}: lr is the class {self.lr.__name__}; make one, such as Step(0.1, every=30)")
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is float or (f.name == "lr" and not callable(value)):

@@ -109,22 +109,30 @@ class Trainer:
         self.clip_value = _limit("clip_value", clip_value, np.dtype(self.precision.master))
         self.penalty = Penalty(l1, l2)
         self.accumulate = whole("Trainer", "accumulate", accumulate)
-        if self._searches and (self.precision.mixed or clip_norm or clip_value or accumulate > 1):
-            raise ValueError("Trainer: LBFGS searches along gradients of all rows in the weights' own type; leave out "
-                             "clip_norm, clip_value and accumulate, and use precision float32 or float64")  # fmt: skip
         self.cuda_graph = flag("Trainer", "cuda_graph", cuda_graph)
         self.history: History = {}
         self.epoch = self.step = 0  # step: updates made
         self._batches = 0
         if not any(p.trainable for p in model.named_parameters().values()):
             raise ValueError("Trainer: the model has no trained parameters; layers declare them as attributes")
-        _check_groups(self._optimizer, list(model.named_parameters()))
+        self._check_optimizer()
         if np.dtype(model.dtype) != self.precision.master:
             model.dtype = self.precision.master
             model._lay_out(device)
         self._prepare(device)
         model.initialize(self.seed, missing=True)
         model.output_kind = model.output_kind or self.objective.head  # what it was trained as before stays until fit
+
+    def _check_optimizer(self) -> None:
+        clips = min(self.clip_norm, self.clip_value) < math.inf
+        if self._searches and (self.precision.mixed or clips or self.accumulate > 1):
+            raise ValueError("Trainer: LBFGS searches along gradients of all rows in the weights' own type; leave out "
+                             "clip_norm, clip_value and accumulate, and use precision float32 or float64")  # fmt: skip
+        names = list(self.model.named_parameters())
+        for pattern in self._optimizer.groups:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"Trainer: the optimizer's group {pattern!r} matches no parameter; "
+                                 f"the model has {', '.join(names)}")  # fmt: skip
 
     def _prepare(self, device: str, moments: HostMoments | None = None, control: Sequence[float] = ()) -> None:
         """Everything that lives on the device."""
@@ -162,8 +170,14 @@ class Trainer:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The rule that steps the weights; another one takes another Trainer, with moments of its own."""
+        """The rule that steps the weights; `restart` goes on with another one."""
         return self._optimizer
+
+    def restart(self, optimizer: Optimizer) -> None:
+        """Go on with another rule, whose moments begin at zero; the model and the history stay."""
+        self._optimizer = _optimizer(optimizer)
+        self._check_optimizer()
+        self._prepare(self.backend.device, None, self._control())
 
     @property
     def _searches(self) -> bool:
@@ -495,13 +509,6 @@ def _limit(key: str, given: Any, dtype: np.dtype[Any]) -> float:
         of = f", which is {rounded:g} in {dtype}" if 0 < float(given) < math.inf else ""
         raise ValueError(f"Trainer: {key} must be positive and finite, got {given}{of}; None does not clip")
     return float(given)
-
-
-def _check_groups(optimizer: Optimizer, names: Sequence[str]) -> None:
-    for pattern in optimizer.groups:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"Trainer: the optimizer's group {pattern!r} matches no parameter; "
-                             f"the model has {', '.join(names)}")  # fmt: skip
 
 
 def _optimizer(given: Any) -> Optimizer:

@@ -27,6 +27,7 @@ LEVELS = [
     {"step", "progress", "checkpoint"},
     {"room", "callbacks", "lbfgs"},
     {"trainer"},
+    {"range_test"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline"},
     {"doctor"},

@@ -1,0 +1,81 @@
+"""The learning-rate range test: how the loss of a copy of a trainer goes while its learning rate rises."""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.checks import number, whole
+from gpubackprop.data import take
+from gpubackprop.trainer import Trainer, TrainingDiverged
+
+__all__ = ["RangeTest", "lr_range_test"]
+
+Floats = npt.NDArray[np.float64]
+MEMORY = 0.9  # of the running mean that smooths the losses
+BLOWN_UP = 4.0  # times the least smoothed loss
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Learning rates, the loss of a batch before the update with each, and the loss smoothed."""
+
+    lr: Floats
+    loss: Floats
+    smoothed: Floats
+
+    @property
+    def suggestion(self) -> float:
+        """The rate at which the smoothed loss falls fastest."""
+        if len(self.lr) < 3:
+            return float(self.lr[0])
+        fall = np.gradient(self.smoothed, np.log(self.lr))
+        return float(self.lr[: int(self.smoothed.argmin()) + 1][fall[: int(self.smoothed.argmin()) + 1].argmin()])
+
+    def __str__(self) -> str:
+        rows = [
+            f"{lr:12.4g}  {loss:12.6g}  {mean:12.6g}"
+            for lr, loss, mean in zip(self.lr, self.loss, self.smoothed, strict=True)
+        ]
+        head = f"{'lr':>12}  {'loss':>12}  {'smoothed':>12}"
+        return "\n".join([head, *rows, f"the loss falls fastest at lr = {self.suggestion:.2g}"])
+
+
+def lr_range_test(
+    trainer: Trainer, x: Any, y: Any, low: float = 1e-6, high: float = 10.0, updates: int = 100, batch_size: int = 128
+) -> RangeTest:
+    """Train a copy of the trainer with a rate that rises from low to high by a constant factor for each update, until
+    the loss has blown up (Smith, "Cyclical Learning Rates for Training Neural Networks"). The trainer stays as it is.
+    """
+    where = "lr_range_test"
+    low, high = number(where, "low", low, "> 0"), number(where, "high", high, "> 0")
+    updates, batch_size = whole(where, "updates", updates, 2), whole(where, "batch_size", batch_size)
+    if not low < high:
+        raise ValueError(f"{where}: low {low:g} must be less than high {high:g}")
+    rates = low * (high / low) ** (np.arange(updates) / (updates - 1))
+    twin, begun = copy.deepcopy(trainer), trainer.step
+    twin.restart(replace(trainer.optimizer, lr=lambda k: rates[min(k - begun, updates - 1)], groups={}))
+    generator = np.random.Generator(np.random.PCG64([trainer.seed, updates]))
+    rows = generator.permutation(n := len(x))
+    losses: list[float] = []
+    means: list[float] = []
+    for i in range(updates):
+        batch = rows[np.arange(i * batch_size, (i + 1) * batch_size) % n] if batch_size < n else rows
+        try:
+            losses.append(
+                twin.fit(take(x, batch), take(y, batch), 1, batch_size, shuffle=False, progress=False)["loss"][-1]
+            )
+        except TrainingDiverged:
+            break
+        mean = losses[-1] if not means else MEMORY * means[-1] + (1 - MEMORY) * losses[-1]
+        means.append(mean)
+        if not math.isfinite(mean) or losses[-1] > BLOWN_UP * min(means):
+            break
+    if not losses:
+        raise ValueError(
+            f"{where}: the loss is not finite at the lowest rate {low:g}; try a lower one or scaled inputs"
+        )
+    return RangeTest(rates[: len(losses)], np.array(losses), np.array(means))
