@@ -6,7 +6,7 @@
 >>> history = trainer.fit(x, y, epochs=20, batch_size=64)
 """
 
-from gpubackprop import datasets
+from gpubackprop import datasets, initializers
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.checkpoint import load_model, save_model
@@ -27,6 +27,7 @@ from gpubackprop.gradients import gradcheck, value_and_grad
 from gpubackprop.layers import (
     Activation,
     BatchNorm,
+    Concatenate,
     Dense,
     Dropout,
     LayerNorm,
@@ -76,10 +77,10 @@ from gpubackprop.trainer import Trainer, TrainingDiverged
 __version__ = "0.1.0"
 
 __all__ = [
-    "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Optimizer",
+    "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Concatenate", "Dense", "Dropout", "Layer", "LayerNorm", "Optimizer",
     "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
     "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
-    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log",
+    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "initializers", "layer_norm", "load_model", "log",
     "log1p", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
     "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "sigmoid", "sin", "softmax",
     "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
