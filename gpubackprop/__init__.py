@@ -10,7 +10,6 @@ from gpubackprop import datasets, initializers
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.checkpoint import load_model, save_model
-from gpubackprop.data import split
 from gpubackprop.formulas import register_activation
 from gpubackprop.fused import (
     batch_norm,
@@ -24,6 +23,7 @@ from gpubackprop.fused import (
     sse,
 )
 from gpubackprop.gradients import gradcheck, value_and_grad
+from gpubackprop.holdout import KFold, learning_curve, split
 from gpubackprop.layers import (
     Activation,
     BatchNorm,
@@ -77,12 +77,12 @@ from gpubackprop.trainer import Trainer, TrainingDiverged
 __version__ = "0.1.0"
 
 __all__ = [
-    "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Concatenate", "Dense", "Dropout", "Layer", "LayerNorm", "Optimizer",
-    "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
-    "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
-    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "initializers", "layer_norm", "load_model", "log",
-    "log1p", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
-    "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "sigmoid", "sin", "softmax",
-    "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
-    "transpose", "value_and_grad", "where",
+    "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Concatenate", "Dense", "Dropout", "KFold", "Layer", "LayerNorm",
+    "Optimizer", "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged",
+    "abs", "add", "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense",
+    "divide", "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "initializers", "layer_norm",
+    "learning_curve", "load_model", "log", "log1p", "log_softmax", "logsumexp", "matmul", "max",
+    "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "power", "register_activation", "relu",
+    "reshape", "save_model", "sigmoid", "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack",
+    "subtract", "sum", "tanh", "tensor", "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip

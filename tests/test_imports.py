@@ -13,13 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 
 # A module may import from its own level or a lower one.
 LEVELS = [
-    {"formulas"},
+    {"formulas", "columns"},
     {"backends"},
     {"plan"},
     {"backprop"},
     {"tensor", "operands", "shapes", "ops"},
     {"data", "fused", "gradients", "arena", "initializers"},
-    {"datasets", "device_data"},
+    {"datasets", "device_data", "holdout"},
     {"predictor"},
     {"model"},
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
