@@ -70,6 +70,7 @@ from gpubackprop.ops import (
 )
 from gpubackprop.optimizers import SGD, Adam, AdamW, Optimizer
 from gpubackprop.plan import Plan
+from gpubackprop.scaling import layer_stats, lsuv
 from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -81,7 +82,7 @@ __all__ = [
     "Optimizer", "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged",
     "abs", "add", "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense",
     "divide", "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "initializers", "layer_norm",
-    "learning_curve", "load_model", "log", "log1p", "log_softmax", "logsumexp", "matmul", "max",
+    "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax", "logsumexp", "lsuv", "matmul", "max",
     "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "power", "register_activation", "relu",
     "reshape", "save_model", "sigmoid", "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack",
     "subtract", "sum", "tanh", "tensor", "training", "transpose", "value_and_grad", "where",

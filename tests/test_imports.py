@@ -23,7 +23,7 @@ LEVELS = [
     {"predictor"},
     {"model"},
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
-    {"step", "progress", "checkpoint"},
+    {"step", "progress", "checkpoint", "scaling"},
     {"room"},
     {"trainer"},
     {"__init__"},
