@@ -6,12 +6,11 @@
 >>> history = trainer.fit(x, y, epochs=20, batch_size=64)
 """
 
-from gpubackprop import datasets, schedules
+from gpubackprop import datasets, initializers, schedules
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.callbacks import EarlyStopping
 from gpubackprop.checkpoint import load_model, save_model
-from gpubackprop.data import split
 from gpubackprop.formulas import register_activation
 from gpubackprop.fused import (
     batch_norm,
@@ -25,9 +24,11 @@ from gpubackprop.fused import (
     sse,
 )
 from gpubackprop.gradients import gradcheck, value_and_grad
+from gpubackprop.holdout import KFold, learning_curve, split
 from gpubackprop.layers import (
     Activation,
     BatchNorm,
+    Concatenate,
     Dense,
     Dropout,
     LayerNorm,
@@ -84,6 +85,7 @@ from gpubackprop.optimizers import (
 )
 from gpubackprop.plan import Plan
 from gpubackprop.range_test import lr_range_test
+from gpubackprop.scaling import layer_stats, lsuv
 from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -91,13 +93,14 @@ from gpubackprop.trainer import Trainer, TrainingDiverged
 __version__ = "0.1.0"
 
 __all__ = [
-    "LBFGS", "SGD", "Activation", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "BatchNorm", "Dense", "Dropout",
-    "EarlyStopping", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan", "RAdam", "RMSprop",
-    "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add", "batch_norm",
-    "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide", "dropout", "exp",
-    "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log", "log1p",
-    "log_softmax", "logsumexp", "lr_range_test", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
-    "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid", "sin",
-    "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
-    "training", "transpose", "value_and_grad", "where",
+    "LBFGS", "SGD", "Activation", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "BatchNorm", "Concatenate", "Dense",
+    "Dropout", "EarlyStopping", "KFold", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan",
+    "RAdam", "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
+    "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
+    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "initializers", "layer_norm",
+    "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax", "logsumexp", "lr_range_test", "lsuv",
+    "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "power",
+    "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid", "sin", "softmax",
+    "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
+    "transpose", "value_and_grad", "where",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Arrays at the door: what users bring becomes checked rows of numbers; `split` holds some of them out."""
+"""Arrays at the door: what users bring becomes checked rows of numbers."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -17,9 +17,8 @@ __all__ = [
     "as_targets",
     "check_same_length",
     "on_host",
-    "split",
+    "row_count",
     "surely_finite",
-    "take",
 ]
 
 Array = NDArray[Any]
@@ -37,7 +36,7 @@ def as_features(
     the caller to see that all numbers are finite.
     """
     a = _numbers(x, where, name, f"encode text as numbers, or convert with {name}.astype(float)")
-    n = _rows(a, where, name)
+    n = row_count(a, where, name)
     width = int(np.prod(a.shape[1:]))
     if a.ndim == 1:
         remedy = f"{name}.reshape(-1, 1) for one column or {name}[None] for one row"
@@ -56,7 +55,7 @@ def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDAr
     """Labels y (n,) as int64 in 0 … classes − 1; integers, bools and integral floats are labels."""
     renumber = f"number the classes with np.unique({name}, return_inverse=True)"
     a = _numbers(y, where, name, renumber)
-    n = _rows(a, where, name)
+    n = row_count(a, where, name)
     if a.ndim > 1:
         remedy = f"{name}.ravel()" if a.size == n else f"{name}.argmax(axis=1) if the rows are one-hot"
         raise ValueError(f"{where}: {name} has shape {a.shape}, expected ({n},), one label each; use {remedy}")
@@ -79,7 +78,7 @@ def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDAr
 def as_targets(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y") -> Array:
     """Targets or soft labels y as finite rows (n, outputs) of `dtype`; (n,) fits one output only."""
     a = _numbers(y, where, name, f"convert with {name}.astype(float)")
-    n = _rows(a, where, name)
+    n = row_count(a, where, name)
     if a.shape[1:] != (outputs,) and (a.ndim, outputs) != (1, 1):
         got = f"has {a.shape[1]} columns" if a.ndim == 2 else f"has shape {a.shape}"
         expected = "1 output" if outputs == 1 else f"{outputs} outputs"
@@ -113,7 +112,7 @@ def as_seed(seed: Any, where: str) -> int | None:
 
 def check_same_length(x: Any, y: Any, where: str = "fit") -> None:
     """Raise unless x and y have a row each per sample."""
-    n, m = _rows(x, where, "x"), _rows(y, where, "y")
+    n, m = row_count(x, where, "x"), row_count(y, where, "y")
     if n != m:
         raise ValueError(f"{where}: x has {n} rows but y has {m}; pass one y per row of x")
 
@@ -161,7 +160,7 @@ def _numbers(a: Any, where: str, name: str, remedy: str) -> Array:
     raise TypeError(f"{where}: {name} has dtype {array.dtype}, expected numbers; {remedy}")
 
 
-def _rows(a: Any, where: str, name: str) -> int:
+def row_count(a: Any, where: str, name: str) -> int:
     """The number of rows, at least one, of any array, frame or list."""
     shape = getattr(a, "shape", None)
     if shape == () or (shape is None and not hasattr(a, "__len__")):
@@ -198,99 +197,3 @@ def surely_finite(a: Array) -> bool:
 
 def _kind(value: Any) -> str:
     return "a NaN" if value != value else "an infinity"
-
-
-# ---- holding out -------------------------------------------------------------------------------------------
-
-
-def split(
-    x: Any, y: Any, *more: Any, test: float = 0.2, seed: int | None = 0, stratify: bool | None = None
-) -> tuple[Any, ...]:
-    """Shuffle the rows and hold some out: x, x_test, y, y_test and so on, each in its own array type.
-
-    `test` is a count of rows, or a fraction that is rounded to the nearest count; neither part is left empty.
-    Stratified parts hold the classes of y in proportion (largest remainder: the sizes are exact), and each
-    class at least once where there is room. That is the default if y (n,) holds integers, bools or text,
-    two rows or more of each class; `stratify=True` demands it, `stratify=False` draws from all rows alike.
-
-    >>> x, x_test, y, y_test = split([[0], [1], [2], [3], [4]], [0, 0, 1, 1, 1], test=2)
-    >>> x.shape, sorted(y_test.tolist())
-    ((3, 1), [0, 1])
-    """
-    arrays = (x, y, *more)
-    n = _rows(x, "split", "x")
-    for i, a in enumerate(arrays):
-        name = f"array {i + 1}" if i > 1 else "xy"[i]
-        if (rows := _rows(a, "split", name)) != n:
-            raise ValueError(f"split: x has {n} rows but {name} has {rows}; pass one row of each per sample")
-    if n == 1:
-        raise ValueError("split: x has 1 row, expected at least 2, one for each part; pass more data")
-    count = _test_rows(test, n)
-    codes = _strata(y, stratify)
-    rng = np.random.default_rng(as_seed(seed, "split"))
-    order = rng.permutation(n)
-    held = np.arange(n) < count
-    if codes is not None:
-        codes = codes[order]
-        sizes = np.bincount(codes)
-        shares = np.empty_like(sizes)
-        ties = rng.permutation(len(sizes))  # else the same few classes would win every tie of remainders
-        shares[ties] = _shares(sizes[ties], count)
-        rank = np.empty_like(order)  # of each shuffled row within its class
-        rank[codes.argsort(kind="stable")] = np.arange(n) - np.repeat(sizes.cumsum() - sizes, sizes)
-        held = rank < shares[codes]
-    return tuple(part for a in arrays for part in (take(a, order[~held]), take(a, order[held])))
-
-
-def _test_rows(test: float, n: int) -> int:
-    """How many of n rows `test` asks for."""
-    if isinstance(test, int | np.integer) and not isinstance(test, bool) and 0 < test < n:
-        return int(test)
-    if isinstance(test, float | np.floating) and 0 < test < 1:
-        return min(max(round(float(test) * n), 1), n - 1)
-    expected = f"a fraction between 0 and 1 or a count from 1 to {n - 1} of the {n} rows"
-    raise ValueError(f"split: test is {test!r}, expected {expected}; try test=0.2")
-
-
-def _strata(y: Any, stratify: bool | None) -> NDArray[np.intp] | None:
-    """The class number of each row, or None for a plain split."""
-    if not isinstance(stratify, bool | None):
-        expected = "expected True, False or None; the classes are those of y"
-        raise TypeError(f"split: stratify is of type {type(stratify).__name__}, {expected}")
-    if stratify is False:
-        return None
-    a = on_host(y.get() if is_on_device(y) and hasattr(y, "get") else y, "split", "y")  # a CuPy array's labels
-    if a.ndim == 1 and (a.dtype.kind in "biuSUT" or all(isinstance(label, str) for label in a)):
-        names, codes, sizes = np.unique(a, return_inverse=True, return_counts=True)
-        if sizes.min() > 1:
-            return codes
-        problem = f"class {names[sizes.argmin()]} has 1 row, expected at least 2; drop it"
-    else:
-        problem = f"y has shape {a.shape}, dtype {a.dtype}, expected (n,) integers, bools or text; pass labels"
-    if stratify:
-        raise ValueError(f"split: {problem} or use stratify=False")
-    return None
-
-
-def _shares(sizes: NDArray[np.intp], count: int) -> NDArray[np.intp]:
-    """`count` rows shared among classes in proportion to their sizes, by largest remainder.
-
-    Where either part has room for every class it gets one of each, even if that is more than its proportion.
-    """
-    rest = int(sizes.sum()) - count
-    quota = sizes * count / (count + rest)
-    low = np.full_like(sizes, count >= len(sizes))
-    high = sizes - (rest >= len(sizes))
-    shares = quota.astype(np.intp).clip(low, high)
-    for _ in range(count - int(shares.sum())):
-        shares[np.where(shares < high, quota - shares, -np.inf).argmax()] += 1
-    for _ in range(int(shares.sum()) - count):
-        shares[np.where(shares > low, quota - shares, np.inf).argmin()] -= 1
-    return shares
-
-
-def take(a: Any, rows: NDArray[np.intp]) -> Any:
-    """Those rows of a in its own type; lists become arrays."""
-    if hasattr(a, "iloc"):
-        return a.iloc[rows]
-    return a[rows] if hasattr(a, "shape") else on_host(a, "split", "a list")[rows]

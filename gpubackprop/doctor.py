@@ -19,9 +19,9 @@ from gpubackprop import __version__, datasets, parity, roofline
 from gpubackprop.backends import INSTALL, codegen, get_backend, nvrtc
 from gpubackprop.backends.cuda import CudaBackend
 from gpubackprop.backends.driver import Paper
-from gpubackprop.data import split
 from gpubackprop.formulas import parse
 from gpubackprop.gradients import gradcheck
+from gpubackprop.holdout import split
 from gpubackprop.installation import CUPY, installed, nvidia_driver
 from gpubackprop.layers import mlp
 from gpubackprop.optimizers import Adam

@@ -3,12 +3,13 @@
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["INITIALIZERS", "constant", "draw", "resolve"]
+__all__ = ["INITIALIZERS", "Constant", "Orthogonal", "draw", "resolve"]
 
 Shape = tuple[int, ...]
 Initializer = Callable[[Shape, "np.random.Generator"], Any]  # a string: numpy.random takes 10 ms to import
@@ -34,12 +35,39 @@ def resolve(init: str | float | npt.ArrayLike | Initializer) -> Initializer:
         if init not in INITIALIZERS:
             raise ValueError(f"unknown initializer {init!r}; choose from {', '.join(sorted(INITIALIZERS))}")
         return INITIALIZERS[init]
-    return init if callable(init) else constant(init)
+    return init if callable(init) else Constant(init)
 
 
-def constant(value: npt.ArrayLike) -> Initializer:
+@dataclass(frozen=True, eq=False)  # arrays have no one equality
+class Constant:
     """Every element = value, a number or an array of the parameter's shape."""
-    return lambda shape, generator: np.full(shape, value)
+
+    value: npt.ArrayLike
+
+    def __call__(self, shape: Shape, generator: "np.random.Generator") -> Any:
+        return np.full(shape, self.value)
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """w wᵀ = gain² I, or wᵀ w where there are more rows than columns, uniformly distributed among such matrices.
+
+    Saxe et al., "Exact solutions to the nonlinear dynamics of learning in deep linear neural networks". It is the Q of
+    a QR decomposition by LAPACK, on which its last bits depend.
+    """
+
+    gain: float = 1.0
+
+    def __call__(self, shape: Shape, generator: "np.random.Generator") -> Any:
+        if len(shape) < 2:
+            raise ValueError(f"orthogonal: shape {shape} is not a matrix's; draw a vector from another initializer")
+        *members, rows, columns = shape
+        tall = generator.standard_normal((*members, max(rows, columns), min(rows, columns)))
+        q, r = np.linalg.qr(tall)
+        # The signs that R's diagonal has are LAPACK's habit; with those of a Gaussian's no direction is preferred
+        # (Mezzadri, "How to generate random matrices from the classical compact groups").
+        q *= self.gain * np.copysign(1, np.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
+        return q if rows >= columns else q.swapaxes(-2, -1)
 
 
 def _scaled(gain: float, fans: Callable[[int, int], float], uniform: bool) -> Initializer:
@@ -67,12 +95,13 @@ def _average(fan_in: int, fan_out: int) -> float:
 # Glorot & Bengio, "Understanding the difficulty of training deep feedforward neural networks"; He et al., "Delving Deep
 # into Rectifiers"; LeCun et al., "Efficient BackProp".
 INITIALIZERS: dict[str, Initializer] = {
-    "zeros": constant(0.0),
-    "ones": constant(1.0),
+    "zeros": Constant(0.0),
+    "ones": Constant(1.0),
     "glorot_uniform": _scaled(1.0, _average, uniform=True),
     "glorot_normal": _scaled(1.0, _average, uniform=False),
     "he_uniform": _scaled(2.0, _fan_in, uniform=True),
     "he_normal": _scaled(2.0, _fan_in, uniform=False),
     "lecun_uniform": _scaled(1.0, _fan_in, uniform=True),
     "lecun_normal": _scaled(1.0, _fan_in, uniform=False),
+    "orthogonal": Orthogonal(),
 }

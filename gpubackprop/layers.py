@@ -16,11 +16,12 @@ from gpubackprop.data import as_features
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
 from gpubackprop.operands import graph
 from gpubackprop.plan import run
+from gpubackprop.shapes import concatenate
 from gpubackprop.tensor import Tensor
 
 __all__ = [
-    "CLASSES", "Activation", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Residual", "Scaler", "Sequential",
-    "mlp",
+    "CLASSES", "Activation", "BatchNorm", "Concatenate", "Dense", "Dropout", "Layer", "LayerNorm", "Residual",
+    "Scaler", "Sequential", "mlp",
 ]  # fmt: skip
 
 
@@ -184,6 +185,28 @@ class Residual(Sequential):
                 f"layer {self._path or 'Residual'!r}: x has shape {x.shape} but its branch returns {y.shape}"
             )
         return x + y
+
+
+class Concatenate(Sequential):
+    """y = the branches' outputs side by side, each of the same x; an empty Sequential as a branch passes x on.
+
+    As the first layer it needs a branch that says how many columns x has, as Dense does and others by `inputs`.
+    """
+
+    def __init__(self, *branches: Layer, dtype: npt.DTypeLike = "float32") -> None:
+        if not branches:
+            raise ValueError("Concatenate: at least one branch expected, got none")
+        super().__init__(*branches, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [branch(x) for branch in self.layers]
+        if any(y.ndim != 2 or y.shape[0] != outputs[0].shape[0] for y in outputs):
+            shapes = ", ".join(str(y.shape) for y in outputs)
+            raise ValueError(
+                f"layer {self._path or 'Concatenate'!r}: its branches return {shapes}; expected (rows, columns) of as "
+                "many rows each"
+            )
+        return concatenate(outputs, axis=1)
 
 
 def mlp(

@@ -3,7 +3,7 @@
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
 
-__all__ = ["CLASSES", "Layer", "Mode", "current_mode", "mode", "seed_or_fresh", "training"]
+__all__ = ["CLASSES", "Layer", "Mode", "current_mode", "mode", "observing", "seed_or_fresh", "training"]
 
 
 # ---- training or inference -----------------------------------------------------------------------------------------
@@ -53,6 +53,17 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
     """Layers called inside `with training():` behave as in training: dropout draws, keyed by seed and step, and
     BatchNorm takes batch statistics. Outside it they infer."""
     return mode(Mode(True, seed, step))
+
+
+# ---- looking on ----------------------------------------------------------------------------------------------------
+
+Observer = Callable[[str, "Layer", Tensor, Tensor], object]
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+def observing(observer: Observer) -> AbstractContextManager[None]:
+    """Every layer called inside shows the observer its path, itself, its x and its output; replays call none."""
+    return setting(_observer, observer)
 
 
 # ---- the base ------------------------------------------------------------------------------------------------------
@@ -118,9 +129,13 @@ class Layer:
             where = f"layer {self._path!r}" if self._path else type(self).__name__
             raise ValueError(f"{where}: x has {got} but {self.describe()} expects {expected} columns")
         if recording() is None:
-            return self.forward(x)
-        with within(self._path):
-            return self.forward(x)
+            y = self.forward(x)
+        else:
+            with within(self._path):
+                y = self.forward(x)
+        if (observer := _observer.get()) is not None:
+            observer(self._path, self, x, y)
+        return y
 
     @property
     def inputs(self) -> int | None:

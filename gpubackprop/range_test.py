@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import number, whole
-from gpubackprop.data import take
+from gpubackprop.holdout import take
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
 __all__ = ["RangeTest", "lr_range_test"]
@@ -66,7 +66,9 @@ def lr_range_test(
         batch = rows[np.arange(i * batch_size, (i + 1) * batch_size) % n] if batch_size < n else rows
         try:
             losses.append(
-                twin.fit(take(x, batch), take(y, batch), 1, batch_size, shuffle=False, progress=False)["loss"][-1]
+                twin.fit(take(x, batch, where), take(y, batch, where), 1, batch_size, shuffle=False, progress=False)[
+                    "loss"
+                ][-1]
             )
         except TrainingDiverged:
             break

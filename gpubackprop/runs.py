@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpubackprop import __version__, datasets
-from gpubackprop.data import split
+from gpubackprop.holdout import split
 from gpubackprop.layers import Layer, Scaler, Sequential, mlp
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.precision import precision

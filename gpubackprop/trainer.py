@@ -198,6 +198,9 @@ class Trainer:
         """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each,
         and for the learning rate where it is scheduled.
 
+        With validation data it has gap = val_loss − loss, which grows where a model overfits. The loss of an epoch is
+        taken while training, under dropout and over weights that change: at first the gap may well be negative.
+
         The last batch is used at its own size; a batch_size beyond the data uses all of it. `shuffle` may be a function
         of the number of rows that returns their order. After an epoch each callback is called with the trainer, and one
         that returns True stops; `stop_below` stops at the first epoch whose loss (validation loss, if there is
@@ -252,6 +255,7 @@ class Trainer:
                     figures = sums.figures(len(x), y) | self._rate()
                     if held_out is not None:
                         figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
+                        figures["gap"] = figures["val_loss"] - figures["loss"]
                     self._note(figures)
                     bar.epoch(figures)
                     stops = [isinstance(r := c(self), bool | np.bool_) and bool(r) for c in callbacks]

@@ -70,7 +70,8 @@ def rehearsal():
     ]:
         gb.Trainer(net(), device="cuda:plan", seed=0, **how).plan(100)
     for how in [{}, {"precision": "float16"}]:
-        gb.Trainer(normalized(), optimizer=gb.SGD(), device="cuda:plan", seed=0, **how).plan(100)
+        for make in (normalized, branched):
+            gb.Trainer(make(), optimizer=gb.SGD(), device="cuda:plan", seed=0, **how).plan(100)
     for key in OPERATIONS:
         computed(key, device)
     del backends._backends["cuda:plan"]
@@ -196,6 +197,28 @@ def test_normalisation_and_dropout(cuda):
     assert_close(cpu, gpu, 2e-5)
     assert any("mean" in key for key in weights(gpu))
     assert cpu.evaluate(X, Y) == pytest.approx(gpu.evaluate(X, Y), abs=1e-4)
+
+
+def branched():
+    return net(gb.Concatenate(gb.Dense(64, 24, activation="relu"), gb.Sequential(), gb.Dense(64, 8)), gb.Dense(96, 10))
+
+
+@pytest.mark.parametrize("precision, tolerance", [(None, 1e-5), ("float16", 2e-2)])
+def test_branches(precision, tolerance, cuda):
+    how = {"precision": precision, "optimizer": gb.SGD(lr=0.1), "epochs": 2}
+    cpu, gpu = (trained(d, branched, **how) for d in ("cpu", "cuda"))
+    assert_close(cpu, gpu, tolerance)
+    assert gpu.history["loss"][-1] < gpu.history["loss"][0]
+
+
+def test_scaling_of_layers(cuda):
+    """The draws are the host's, and so are the variances they are scaled by."""
+    cpu, gpu = branched(), branched().to("cuda")
+    for model in (cpu, gpu):
+        gb.lsuv(model, X, seed=1)
+    for key, w in gpu.state_dict().items():
+        np.testing.assert_allclose(w, cpu.state_dict()[key], rtol=1e-4, atol=1e-6)
+    assert gpu.backend is cuda and gb.layer_stats(gpu, X)["variance"][-1] == pytest.approx(1, abs=1e-4)
 
 
 LOSSES = {

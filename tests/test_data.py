@@ -1,11 +1,9 @@
-"""The door for arrays, and the split: laws, and every error by its message."""
+"""The door for arrays: laws, and every error by its message."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from gpubackprop.data import as_features, as_labels, as_targets, check_same_length, split
+from gpubackprop.data import as_features, as_labels, as_targets, check_same_length
 
 NAN, INF = np.nan, np.inf
 
@@ -304,118 +302,3 @@ def test_lengths_must_agree():
     check_same_length([[1], [2]], np.ones(2), "fit")
     with pytest.raises(ValueError, match=r"^fit: x has 10 rows but y has 9; pass one y per row of x$"):
         check_same_length(np.ones((10, 2)), [0] * 9)
-
-
-# ---- split -------------------------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(
-    sizes=st.lists(st.integers(2, 30), min_size=1, max_size=8),
-    test=st.one_of(st.floats(0.01, 0.99), st.integers(1, 8)),
-    seed=st.integers(0, 2**32),
-)
-def test_split_is_exact_disjoint_complete_and_stratified(sizes, test, seed):
-    y = np.repeat(np.arange(len(sizes)), sizes)
-    n = len(y)
-    if isinstance(test, int) and test >= n:
-        test = n - 1
-    x = np.arange(n)[:, None]
-    x_fit, x_test, y_fit, y_test, z_fit, z_test = split(x, y, x.ravel().tolist(), test=test, seed=seed)
-
-    count = test if isinstance(test, int) else min(max(round(test * n), 1), n - 1)
-    assert len(x_test) == len(y_test) == count and len(x_fit) == len(y_fit) == n - count
-    assert sorted([*x_fit.ravel(), *x_test.ravel()]) == list(range(n))
-    np.testing.assert_array_equal(y_fit, y[x_fit.ravel()])
-    np.testing.assert_array_equal(y_test, y[x_test.ravel()])
-    np.testing.assert_array_equal(np.append(z_fit, z_test), np.append(x_fit, x_test))
-
-    shares = np.bincount(y_test, minlength=len(sizes))
-    quota = np.array(sizes) * count / n
-    if count >= len(sizes):
-        assert shares.min() >= 1
-    if n - count >= len(sizes):
-        assert (shares < sizes).all()
-    if quota.min() >= 1 and (sizes - quota).min() >= 1:  # no class needs a row beyond its proportion
-        assert (abs(shares - quota) < 1).all()
-
-
-def test_split_is_determined_by_its_seed():
-    x, y = np.arange(100)[:, None], np.arange(100) % 7
-    one, two, other = split(x, y, seed=3), split(x, y, seed=3), split(x, y, seed=4)
-    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
-    assert not np.array_equal(one[1], other[1])
-
-
-def test_split_breaks_ties_without_favour():
-    y = np.repeat(np.arange(10), 10)
-    held = {tuple(np.unique(split(y[:, None], y, test=5, seed=seed)[3])) for seed in range(20)}
-    assert len(held) > 10 and {label for labels in held for label in labels} == set(range(10))
-
-
-def test_split_shuffles():
-    x, x_test, *_ = split(np.arange(50)[:, None], np.zeros(50, int))
-    assert (np.diff(x.ravel()) < 0).any() and (np.diff(x_test.ravel()) < 0).any()
-
-
-@pytest.mark.parametrize(
-    "y", [np.tile(["a", "b"], 50), np.tile([True, False], 50), ["a", "b"] * 50], ids=["U", "b", "list"]
-)
-def test_split_stratifies_text_and_bools(y):
-    *_, y_test = split(np.ones((100, 1)), y, test=10)
-    assert np.unique(y_test, return_counts=True)[1].tolist() == [5, 5]
-
-
-def test_split_stratifies_objects_of_text():
-    *_, y_test = split(np.ones((100, 1)), np.array(["a", "b"] * 50, object), test=10)
-    assert np.unique(y_test, return_counts=True)[1].tolist() == [5, 5]
-
-
-def test_split_is_plain_for_floats_lone_classes_and_on_request():
-    x = np.arange(1000)[:, None]
-    parts = [split(x, y) for y in (np.zeros(1000), np.arange(1000), np.ones((1000, 2), int))]
-    parts.append(split(x, np.arange(1000) % 2, stratify=False))
-    for part in parts:
-        np.testing.assert_array_equal(part[1], parts[0][1])
-
-
-def test_split_keeps_the_type_and_the_dtype():
-    frame, frame_test, y, y_test = split(Frame(np.arange(10).reshape(5, 2)), [1.0, 2.0, 3.0, 4.0, 5.0])
-    assert type(frame) is type(frame_test) is Frame and type(y) is np.ndarray
-    np.testing.assert_array_equal(frame.values[:, 0] / 2 + 1, y)
-    x, *_ = split(np.ones((5, 2), np.float32), y_test.repeat(5))
-    assert x.dtype == np.float32 and x.flags.owndata
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"test": 0}, r"^split: test is 0, expected a fraction between 0 and 1 or a count from 1 to 9"),
-        ({"test": 10}, "^split: test is 10, expected"),
-        ({"test": 1.0}, "^split: test is 1.0, expected"),
-        ({"test": -0.1}, "^split: test is -0.1"),
-        ({"test": NAN}, "^split: test is nan"),
-        ({"test": True}, "^split: test is True"),
-        ({"test": "0.2"}, "^split: test is '0.2'"),
-        ({"seed": -1}, "^split: seed must be at least 0, got -1$"),
-        ({"seed": 1.0}, r"^split: seed must be an integer or None, got float 1\.0$"),
-        ({"seed": True}, "^split: seed must be an integer or None, got bool True$"),
-        ({"y": np.ones(9)}, "^split: x has 10 rows but y has 9; pass one row of each per sample$"),
-        ({"stratify": np.ones(10)}, "^split: stratify is of type ndarray, expected True, False or None"),
-        ({"y": np.ones(10), "stratify": True}, r"^split: y has shape \(10,\), dtype float64, expected"),
-        ({"y": np.arange(10), "stratify": True}, "^split: class 0 has 1 row, expected at least 2; drop it"),
-        ({"x": np.ones((0, 2))}, "^split: x has 0 rows, expected at least 1"),
-        ({"x": np.ones((1, 2)), "y": [1]}, "^split: x has 1 row, expected at least 2, one for each part"),
-        ({"x": 3}, "^split: x is of type int, expected rows"),
-        ({"x": np.float64(3)}, "^split: x is a single value, expected rows"),
-    ],
-)  # fmt: skip
-def test_split_errors(kwargs, message):
-    kwargs = {"x": np.ones((10, 2)), "y": np.arange(10) % 2} | kwargs
-    with pytest.raises((ValueError, TypeError), match=message):
-        split(kwargs.pop("x"), kwargs.pop("y"), **kwargs)
-
-
-def test_split_names_a_further_array():
-    with pytest.raises(ValueError, match=r"^split: x has 4 rows but array 4 has 5;"):
-        split(np.ones((4, 1)), np.ones(4), np.ones(4), np.ones(5))

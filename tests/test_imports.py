@@ -13,18 +13,18 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 
 # A module may import from its own level or a lower one.
 LEVELS = [
-    {"formulas", "checks"},
+    {"formulas", "checks", "columns"},
     {"backends"},
     {"plan"},
     {"backprop"},
     {"tensor", "operands", "shapes", "ops"},
     {"data", "fused", "gradients", "arena", "initializers", "schedules"},
-    {"datasets", "device_data"},
+    {"datasets", "device_data", "holdout"},
     {"predictor"},
     {"model"},
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
     {"moments", "penalty"},
-    {"step", "progress", "checkpoint"},
+    {"step", "progress", "checkpoint", "scaling"},
     {"room", "callbacks", "lbfgs"},
     {"trainer"},
     {"range_test"},

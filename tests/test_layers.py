@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import gpubackprop as gb
+from gpubackprop import initializers
 from gpubackprop.arena import ALIGNMENT
 from gpubackprop.checkpoint import BUILTIN
 from gpubackprop.layers import Layer
@@ -100,6 +101,10 @@ MODELS = {
     "batch norm": lambda: wide(gb.Dense(3, 4), gb.BatchNorm(4), gb.Activation("tanh")),
     "residual": lambda: wide(gb.Residual(gb.Dense(3, 5, "tanh"), gb.Dense(5, 3))),
     "scaler": lambda: wide(fitted(), gb.Dense(3, 3, "tanh"), fitted(inverse=True)),
+    "concatenate": lambda: wide(
+        gb.Concatenate(gb.Dense(3, 4, "tanh"), gb.Sequential(), gb.Sequential(gb.Dense(3, 2), gb.Dropout(0.3))),
+        gb.Dense(9, 2),
+    ),
     "nested": lambda: wide(gb.Sequential(gb.Dense(3, 4, "tanh"), gb.Sequential(gb.Dense(4, 4))), gb.Dense(4, 2)),
     "user": lambda: wide(Gain(3)),
     "user with sublayers": lambda: wide(Branches()),
@@ -201,6 +206,48 @@ def test_residual_and_scaler_values(rng):
 def test_residual_names_the_shapes_that_differ():
     with pytest.raises(ValueError, match=r"layer '1': x has shape \(2, 4\) but its branch returns \(2, 3\)"):
         gb.Sequential(gb.Dense(3, 4), gb.Residual(gb.Dense(4, 3)))(np.ones((2, 3)))
+
+
+def test_concatenate_values(rng):
+    """The branches' outputs of one x, in their order."""
+    x, dense = rng.normal(size=(5, 3)), gb.Dense(3, 4, "tanh")
+    model = wide(gb.Concatenate(dense, gb.Sequential(), gb.Concatenate(gb.Activation("relu")))).initialize(1)
+    expected = np.hstack([dense(gb.tensor(x)).numpy(), x, np.maximum(x, 0)])
+    np.testing.assert_array_equal(model(x).numpy(), expected)
+    assert model.inputs == 3 and model.predict(x).shape == (5, 10)
+
+
+class Pairs(Layer):
+    """A user's layer that returns half the rows."""
+
+    def forward(self, x):
+        return x[: x.shape[0] // 2]
+
+
+def test_concatenate_names_the_shapes_that_differ():
+    model = gb.Sequential(gb.Dense(3, 4), gb.Concatenate(gb.Dense(4, 2), Pairs()))
+    message = r"^layer '1': its branches return \(4, 2\), \(2, 4\); expected \(rows, columns\) of as many rows each$"
+    with pytest.raises(ValueError, match=message):
+        model(np.ones((4, 3)))
+    with pytest.raises(ValueError, match=r"layer '1\.1': x has 4 columns but Dense\(5, 2\) expects 5 columns"):
+        gb.Sequential(gb.Dense(3, 4), gb.Concatenate(gb.Dense(4, 2), gb.Dense(5, 2)))(np.ones((4, 3)))
+
+
+def test_a_network_with_branches_learns_what_neither_branch_can(rng):
+    """y = x₀ + x₁², from a linear branch beside a squared one."""
+
+    class Square(Layer):
+        def __init__(self, columns):
+            self.inputs = columns
+
+        def forward(self, x):
+            return x * x
+
+    x = rng.normal(size=(200, 2))
+    model = wide(gb.Concatenate(gb.Sequential(), Square(2)), gb.Dense(4, 1))
+    trainer = gb.Trainer(model, "mse", gb.Adam(0.1), seed=0)
+    trainer.fit(x, x[:, 0] + x[:, 1] ** 2, epochs=100, batch_size=50)
+    np.testing.assert_allclose(model.state_dict()["1.weight"].ravel(), [1, 0, 0, 1], atol=1e-3)
 
 
 @pytest.mark.parametrize("n", [3, 7, 10, 1000])
@@ -321,6 +368,9 @@ NAMES = {
     ),
     "scaler": (lambda: gb.Sequential(gb.Scaler(3), gb.Dense(3, 1)), ["0.mean", "0.scale", "1.weight", "1.bias"], 4),
     "residual": (lambda: gb.Sequential(gb.Residual(gb.Dense(3, 3))), ["0.0.weight", "0.0.bias"], 12),
+    "concatenate": (
+        lambda: gb.Concatenate(gb.Dense(2, 3), gb.Dense(2, 1)), ["0.weight", "0.bias", "1.weight", "1.bias"], 12,
+    ),
     "user": (lambda: Gain(3), ["gain", "mixing"], 12),
     "lists": (
         Branches,
@@ -429,6 +479,33 @@ def test_initializers_have_their_variance(name):
 def test_dense_picks_its_initializer_by_the_activation(activation, expected):
     w = gb.Dense(300, 500, activation).initialize(0).state_dict()["weight"]
     assert w.var() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9), (3, 5, 2)])
+@pytest.mark.parametrize("gain", [1.0, 2.0])
+def test_orthogonal_weights_are_orthogonal(shape, gain):
+    """As many orthogonal rows or columns of length gain as there can be; for each member where there are several."""
+    init = "orthogonal" if gain == 1 else gb.initializers.Orthogonal(gain)
+    w = initializers.draw(init, shape, 3, "w")
+    long = w if shape[-2] <= shape[-1] else np.swapaxes(w, -1, -2)
+    eye = np.broadcast_to(np.eye(min(shape[-2:])), (*shape[:-2], *2 * [min(shape[-2:])]))
+    np.testing.assert_allclose(long @ np.swapaxes(long, -1, -2), gain**2 * eye, atol=1e-14)
+
+
+def test_orthogonal_weights_prefer_no_direction():
+    """LAPACK's own signs would make the first element negative, always; and determinants would be of one sign."""
+    drawn = np.stack([initializers.draw("orthogonal", (3, 3), seed, "w") for seed in range(400)])
+    assert (np.abs((drawn > 0).mean(0) - 0.5) < 4 * 0.5 / 20).all()
+    assert abs((np.linalg.det(drawn) > 0).mean() - 0.5) < 4 * 0.5 / 20
+    np.testing.assert_allclose(drawn.var(0), 1 / 3, rtol=0.25)
+
+
+def test_initializers_with_arguments_print_and_pickle():
+    gain, bias = gb.initializers.Orthogonal(gain=1.5), gb.initializers.Constant(0.25)
+    model = gb.Sequential(gb.Dense(4, 3, init=gain, bias_init=bias))
+    assert "Dense(4, 3, init=Orthogonal(gain=1.5), bias_init=Constant(value=0.25))" in str(model)
+    state = pickle.loads(pickle.dumps(model)).initialize(2).state_dict()
+    assert equal(state, model.initialize(2).state_dict()) and state["0.bias"].tolist() == [0.25] * 3
 
 
 def test_init_takes_numbers_arrays_and_callables():
@@ -628,6 +705,13 @@ BAD_LAYERS = {
         ValueError,
         r"initializer of weight: returned shape \(2,\), expected \(2, 3\)",
     ),
+    "orthogonal vector": (
+        lambda: gb.Dense(2, 2, bias_init="orthogonal").initialize(0),
+        ValueError,
+        r"orthogonal: shape \(2,\) is not a matrix's; draw a vector from another initializer",
+    ),
+    "no branches": (gb.Concatenate, ValueError, "Concatenate: at least one branch expected, got none"),
+    "branch": (lambda: gb.Concatenate(gb.Dense(2, 2), 3), TypeError, "Concatenate: item 1 is int; expected a layer"),
     "dtype": (lambda: gb.mlp([2, 2], dtype="float16")([[1, 2]]), TypeError, "float16 is not supported; choose from"),
     "columns": (lambda: gb.mlp([3, 2])([[1, 2]]), ValueError, "x has 2 columns but the model expects 3"),
     "inner columns": (

@@ -24,6 +24,8 @@ MODELS = {
     "residual": lambda **d: gb.Sequential(
         gb.Scaler(6), gb.Dense(6, 8, activation="tanh"), gb.Residual(gb.Dense(8, 8, activation="elu"), gb.Dropout(0.2)),
         gb.Dense(8, 4), **d),
+    "branches": lambda **d: gb.Sequential(
+        gb.Concatenate(gb.Dense(6, 5, "tanh"), gb.Sequential(), gb.Dense(6, 3)), gb.Dense(14, 4), **d),
 }  # fmt: skip
 OPTIMIZERS = {
     "sgd": gb.SGD(lr=0.05), "momentum": gb.SGD(lr=0.02, momentum=0.9),

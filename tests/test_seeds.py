@@ -394,7 +394,21 @@ def test_seed_21_the_loss_of_an_epoch_weighs_every_sample_alike(rng):
     assert trainer.evaluate(x, y)["loss"] == pytest.approx(whole, rel=1e-13)
 
 
-# ---- rows 33, 34: counts and initial values ------------------------------------------------------------------------
+# ---- row 23: the seven points --------------------------------------------------------------------------------------
+
+
+def test_seed_23_training_reaches_the_least_squares_line():
+    x, y = gb.datasets.regression7()
+    model = gb.Sequential(gb.Scaler(1).fit(x), gb.Dense(1, 1), dtype="float64")
+    trainer = gb.Trainer(model, "mse", gb.SGD(lr=0.4), seed=0)
+    trainer.fit(x, y, epochs=60, batch_size=7)
+    b, b_plus_m = model.predict([[0.0], [1.0]]).ravel()
+    assert b_plus_m - b == pytest.approx(0.335593220339, abs=1e-12)
+    assert b == pytest.approx(0.804721549637, abs=1e-12)
+    assert trainer.evaluate(x, y)["loss"] == pytest.approx(0.018051885161, abs=1e-12)
+
+
+# ---- rows 33 to 35: counts, initial values, scaling ----------------------------------------------------------------
 
 
 def test_seed_33_parameter_counts():
@@ -464,6 +478,65 @@ def test_seed_34_custom_starts():
         gb.Dense(2, 3, init=lambda shape, generator: given.T.copy()).initialize(0)
 
 
+@pytest.mark.parametrize("inputs, units", [(60, 40), (40, 60)])
+def test_seed_34_orthogonal_weights_keep_lengths(inputs, units, rng):
+    """Into more units every length is kept, into fewer it is projected: of E|x w|² the share units / inputs is left."""
+    w = gb.Dense(inputs, units, init="orthogonal").initialize(5).state_dict()["weight"].astype(np.float64)
+    x = rng.normal(size=(500, inputs))
+    lengths = np.linalg.norm(x @ w, axis=1) ** 2 / np.linalg.norm(x, axis=1) ** 2
+    if units >= inputs:
+        np.testing.assert_allclose(lengths, 1, atol=1e-5)
+    else:  # each share is Beta(20, 10)
+        assert abs(lengths.mean() - 2 / 3) < 4 * np.sqrt(2 / 9 / 31 / 500)
+
+
+def skewed(rng, n=400):
+    """Columns of very different scale, one of them constant, and what is to be learnt of them."""
+    z = rng.normal(size=(n, 4))
+    return z * [1e-3, 1, 50, 0] + [0, 10, -200, 7], (z[:, 0] + z[:, 1] * z[:, 2])[:, None]
+
+
+def test_seed_35_the_scaler_in_the_model_is_saved_with_it(rng, tmp_path):
+    x, y = skewed(rng)
+    model = gb.Sequential(gb.Scaler(4).fit(x), gb.Dense(4, 16, "tanh"), gb.Dense(16, 1), dtype="float64")
+    trainer = gb.Trainer(model, "mse", gb.Adam(lr=0.01), seed=0)
+    trainer.fit(x, y, epochs=2, batch_size=50)
+    gb.save_model(model, tmp_path / "m.safetensors")
+    loaded = gb.load_model(tmp_path / "m.safetensors", device="cpu")
+    for scaler in (model.layers[0], loaded.layers[0]):  # as fitted: training does not step it
+        z = scaler(gb.tensor(x)).numpy()
+        np.testing.assert_allclose(z.mean(0), 0, atol=1e-10)
+        np.testing.assert_allclose(z.var(0), [1, 1, 1, 0], atol=1e-10)
+    np.testing.assert_array_equal(loaded.predict(x), model.predict(x))
+
+
+def test_seed_35_the_scale_is_kept_in_each_layer(rng):
+    """Unscaled inputs drown a plain start; a Scaler with LSUV, or with BatchNorm, keeps mean 0 and variance 1 about."""
+    x, y = skewed(rng)
+
+    def deep(*front, norm=False):
+        hidden = [
+            part
+            for _ in range(8)
+            for part in (gb.Dense(32, 32), *([gb.BatchNorm(32)] if norm else []), gb.Activation("tanh"))
+        ]
+        return gb.Sequential(*front, gb.Dense(4, 32), *hidden, gb.Dense(32, 1), dtype="float64")
+
+    def variances(model, kind):
+        stats = gb.layer_stats(model, x)
+        return np.array([v for what, v in zip(stats["what"], stats["variance"], strict=True) if kind in what])
+
+    plain = deep().initialize(0)
+    assert variances(plain, "Dense")[0] > 100
+    scaled = gb.lsuv(deep(gb.Scaler(4).fit(x)), x, seed=0)
+    np.testing.assert_allclose(variances(scaled, "Dense"), 1, atol=0.01)
+    normed = deep(gb.Scaler(4).fit(x), norm=True)
+    gb.Trainer(normed, "mse", gb.SGD(lr=1e-3), seed=0).fit(x, y, epochs=20, batch_size=100)
+    with gb.training():
+        np.testing.assert_allclose(variances(normed, "BatchNorm"), 1, atol=0.01)
+    np.testing.assert_allclose(variances(normed, "BatchNorm"), 1, atol=0.1)  # by its running statistics
+
+
 # ---- row 11: two passes --------------------------------------------------------------------------------------------
 
 
@@ -476,3 +549,73 @@ def test_seed_11_a_step_is_one_forward_and_one_backward_whatever_the_size(hidden
     forward, backward = (sum(launch.flops for launch in part) for part in (products[:2], products[2:]))
     assert forward == 2 * 8 * (784 * hidden + hidden * 10) and forward < backward <= 2 * forward
     assert len(plan.launches) == len(gb.Trainer(gb.mlp([2, 1, 2]), seed=0).plan(3).launches)
+
+
+# ---- rows 39 to 41: what is held out -------------------------------------------------------------------------------
+
+
+def test_seed_39_overfitting(rng):
+    """Eleven noisy points of a line: a polynomial of degree 10 meets them all, and is the worse between them."""
+
+    def sample(n):
+        x = np.sort(rng.uniform(-1, 1, n)) if n != 11 else np.linspace(-1, 1, 11)
+        return x, 0.5 * x + 1 + 0.3 * rng.normal(size=n)
+
+    (x, y), (x_new, y_new) = sample(11), sample(200)
+    q, r = np.linalg.qr(np.vander(x, 11, increasing=True))  # polynomials that are orthonormal on the eleven points
+
+    def fit(degree):
+        basis = np.linalg.inv(r)[:, : degree + 1]
+        new = np.vander(x_new, 11, increasing=True) @ basis
+        model = gb.Sequential(gb.Dense(degree + 1, 1, bias=False), dtype="float64")
+        trainer = gb.Trainer(model, "mse", gb.SGD(lr=5.0), seed=0)  # the Hessian is 2/11 of the identity
+        return trainer.fit(q[:, : degree + 1], y, epochs=40, batch_size=11, validation_data=(new, y_new))
+
+    line, curve = fit(1), fit(10)
+    assert curve["loss"][-1] < 1e-24 and line["loss"][-1] > 0.01
+    assert curve["val_loss"][-1] > 1.2 * line["val_loss"][-1]
+    assert curve["gap"][-1] > 2 * abs(line["gap"][-1])
+    for history in (line, curve):
+        assert history["gap"] == [held - own for held, own in zip(history["val_loss"], history["loss"], strict=True)]
+
+
+@pytest.mark.parametrize("train", [0.7, 0.8])
+@pytest.mark.parametrize("stratify", [None, False])
+def test_seed_40_train_validation_and_test(train, stratify):
+    """70 or 80 % to train on, the rest halved; the test rows are the same whether or not there is validation."""
+    x, y = gb.datasets.digits()
+    n, rest = len(x), (1 - train) / 2
+    row = np.arange(n)
+    *_, y_train, y_val, y_test, own, val, test = gb.split(x, y, row, test=rest, validation=rest, stratify=stratify)
+    assert len(test) == len(val) == round(rest * n) and len(own) == n - 2 * len(test)
+    assert sorted([*own, *val, *test]) == list(row)
+    for labels, part in ((y_train, own), (y_val, val), (y_test, test)):
+        np.testing.assert_array_equal(labels, y[part])
+        if stratify is None:
+            assert (np.abs(np.bincount(labels) - np.bincount(y) * len(part) / n) < 2).all()
+    np.testing.assert_array_equal(gb.split(x, y, row, test=rest, stratify=stratify)[-1], test)
+    assert not np.array_equal(gb.split(x, y, row, test=rest, validation=rest, seed=1)[-1], test)
+
+
+@pytest.mark.parametrize("k", [3, 10])
+def test_seed_41_k_fold(k):
+    """Every row validates once, and is trained on in all other folds; each fold has the classes of the whole."""
+    x, y = gb.datasets.digits()
+    validated, trained = np.zeros(len(x), int), np.zeros(len(x), int)
+    for train, test in gb.KFold(k).split(x, y):
+        validated[test] += 1
+        trained[train] += 1
+        assert len(test) in (len(x) // k, len(x) // k + 1)
+        assert (np.abs(np.bincount(y[test]) - np.bincount(y) / k) < 1).all()
+    assert (validated == 1).all() and (trained == k - 1).all()
+
+
+def test_seed_41_cross_validation():
+    """Ten folds in turn: each network is measured on rows it has not seen."""
+    x, y = (a[:300] for a in gb.datasets.digits())
+    accuracies = []
+    for train, test in gb.KFold(10).split(x, y):
+        trainer = gb.Trainer(gb.mlp([64, 32, 10]), optimizer=gb.Adam(lr=0.01), seed=0)
+        trainer.fit(x[train], y[train], epochs=15, batch_size=30)
+        accuracies.append(trainer.evaluate(x[test], y[test])["accuracy"])
+    assert np.mean(accuracies) > 0.85 and min(accuracies) > 0.6

@@ -60,7 +60,7 @@ def test_digits_are_learnt():
     x, x_test, y, y_test = gb.split(*gb.datasets.digits(), test=0.2, seed=0)
     trainer = gb.Trainer(gb.mlp([64, 64, 10]), optimizer=gb.Adam(lr=3e-3), metrics=["accuracy"], seed=0)
     history = trainer.fit(x, y, epochs=12, batch_size=64, validation_data=(x_test, y_test))
-    assert list(history) == ["loss", "accuracy", "val_loss", "val_accuracy"]
+    assert list(history) == ["loss", "accuracy", "val_loss", "val_accuracy", "gap"]
     assert {len(v) for v in history.values()} == {12}
     assert all(type(f) is float for v in history.values() for f in v)
     assert np.diff(history["loss"]).max() < 0.01 and history["loss"][-1] < 0.1 * history["loss"][0]
@@ -357,6 +357,9 @@ def test_validation_does_not_train(rng):
     without.fit(x, y, epochs=3, batch_size=16)
     assert state_bits(with_.model) == state_bits(without.model)
     assert with_.history["val_loss"][-1] == with_.evaluate(x[:7], y[:7])["loss"]
+    losses = zip(with_.history["val_loss"], with_.history["loss"], strict=True)
+    assert with_.history["gap"] == [held_out - own for held_out, own in losses]
+    assert set(with_.history) - set(without.history) == {"val_loss", "val_accuracy", "gap"}
 
 
 def test_history_has_one_float_per_epoch_also_when_validation_comes_later(rng):
@@ -475,9 +478,9 @@ def test_a_users_loss_is_the_builtin_one_written_out(rng):
     own, builtin = busy(0, lambda output, target: ((output - target) ** 2).mean(), 2), busy(0, "mse", 2)
     own.fit(x, y, epochs=3, batch_size=16, validation_data=(x, y))
     builtin.fit(x, y, epochs=3, batch_size=16, validation_data=(x, y))
-    for key in own.history:
+    for key in ("loss", "val_loss"):
         np.testing.assert_allclose(own.history[key], builtin.history[key], rtol=1e-4)
-    assert list(own.history) == ["loss", "val_loss"]
+    assert list(own.history) == ["loss", "val_loss", "gap"]
 
 
 def test_a_users_loss_gets_integers_as_labels(rng):
