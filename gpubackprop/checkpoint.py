@@ -31,7 +31,8 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     """Write the model's architecture and weights to a safetensors file, replacing a file of that name in one step.
 
     The architecture is each layer's class and the arguments it was made with; functions and arrays given as `init` or
-    `…_init` are left out, since the values are stored. Rows of `register_activation` that the model uses travel along.
+    `…_init`, and masks, are left out, since the values are stored. Rows of `register_activation` that the model uses
+    travel along.
     `extra` is anything JSON holds; `read_metadata` gives it back. On any error the old file stands.
     """
     _check_path(path, "save_model")
@@ -195,7 +196,7 @@ def _encode(value: Any, where: str, seen: list[Layer]) -> Any:
         case Layer():
             return _encode_layer(value, seen)
     got = f"an array of shape {value.shape}" if isinstance(value, np.ndarray) else f"of type {type(value).__name__}"
-    remedy = "a model file holds numbers, text, lists and layers, and leaves out arguments named init or …_init"
+    remedy = "a model file holds numbers, text, lists and layers, and leaves out arguments named init, …_init or mask"
     raise TypeError(f"save_model: {where} is {got}; {remedy}")
 
 
@@ -214,6 +215,8 @@ def _encode_layer(layer: Layer, seen: list[Layer]) -> Any:
         drawn = callable(value) or isinstance(value, np.ndarray)
         if drawn and (key == "init" or key.endswith("_init")):
             value = defaults.get(key, "zeros")
+        if key == "mask" and value is not None:
+            value = "ones"
         return _encode(value, f"argument {key!r} of {kind.__name__}", seen)
 
     arguments, keywords = layer.arguments

@@ -17,6 +17,7 @@ __all__ = [
     "ACTIVATIONS",
     "BINARY",
     "LOSSES",
+    "PASSES",
     "PENALTIES",
     "RULES",
     "UNARY",
@@ -137,6 +138,25 @@ LOSSES: dict[str, Loss] = _rows(
     Loss("mse",             "(x - t) * (x - t)",                                     "2 * (x - t)"),
     Loss("half_mse",        "0.5 * ((x - t) * (x - t))",                             "x - t"),
     Loss("bce_with_logits", "maximum(x, 0) - x * t + log1p(exp(-abs(x)))",           "sigmoid(x) - t"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What happens to a gradient g on its way to the update, in place; arrays in `single` have one element."""
+
+    name: str
+    text: str
+    single: tuple[str, ...] = ()
+
+    def graph(self) -> dict[str, "Expr"]:
+        """The graph of g."""
+        return {"g": value(self.text)}
+
+
+PASSES: dict[str, Pass] = _rows(
+    Pass("mask",       "where(mask == 0, 0, g)"),
+    Pass("clip_value", "minimum(maximum(g, -limit * scale), limit * scale)", single=("limit", "scale")),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from gpubackprop import ops
 from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable, Tally, arithmetic
 from gpubackprop.backprop import Gradients
-from gpubackprop.formulas import ACTIVATIONS, LOSSES, RESULT, Activation, Loss, apply, chain, name, parse
+from gpubackprop.formulas import ACTIVATIONS, LOSSES, PASSES, RESULT, Activation, Loss, apply, chain, name, parse
 from gpubackprop.operands import graph, operands, result, share
 from gpubackprop.plan import empty, run
 from gpubackprop.shapes import reshape
@@ -39,11 +39,12 @@ def dense_graph(row: Activation, bias: bool) -> Graph:
     return {"y": row.forward_graph(x)} | ({"x": x} if "x" in row.needs else {})
 
 
-def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor:
+def dense(x: Any, w: Any, b: Any = None, activation: str = "identity", mask: Tensor | None = None) -> Tensor:
     """y = f(x @ w + b): one gemm, then bias and activation in one launch.
 
     x (batch, in), w (in, units), b (units,); or with a leading axis of members each: x (members, batch, in), w
-    (members, in, units), b (members, units). Backward: f' ⊙ dy with the bias gradient in one launch, then two gemms.
+    (members, in, units), b (members, units). Backward: f' ⊙ dy with the bias gradient in one launch, then two gemms;
+    with a mask, of w's shape, the gradient of w is 0 where the mask is.
     """
     row = activation_row(activation)
     x, w, *rest = operands("dense", x, w, *(() if b is None else (b,)))
@@ -66,6 +67,10 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity") -> Tensor
         dz = _activation_backward(row, bias, dy, pre, y, grads, back)
         grads.write(w, lambda dw, accumulate: back.gemm(
             x.data, dz, dw, transpose_a=True, accumulate=accumulate, what="dw = xᵀ @ da"))  # fmt: skip
+        if mask is not None and w.requires_grad:
+            dw, masked = grads.buffers[w], PASSES["mask"].graph()
+            reads = {"g": dw, "mask": mask.data}
+            run(dw, lambda: back.elementwise("mask", masked, reads, {"g": dw}, what="dw = 0 where the mask is"))
         grads.write(x, lambda dx, accumulate: back.gemm(
             dz, w.data, dx, transpose_b=True, accumulate=accumulate, what="dx = da @ wᵀ"))  # fmt: skip
 

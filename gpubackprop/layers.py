@@ -35,11 +35,14 @@ class Dense(Layer):
 
     `init` is an initializer's name, a number, an array or a callable (shape, generator) -> array; by default Glorot's
     for identity, sigmoid and tanh, LeCun's for selu, else He's.
+
+    `mask` (inputs, units) of bools or 0 and 1 says which edges there are: a weight without one is exactly 0 and stays
+    so under every optimizer. It is saved with the model.
     """
 
     def __init__(
         self, inputs: int, units: int, activation: str = "identity", bias: bool = True, init: Any = None,
-        bias_init: Any = "zeros",
+        bias_init: Any = "zeros", mask: Any = None,
     ) -> None:  # fmt: skip
         fused.activation_row(activation)
         self.inputs = inputs
@@ -48,9 +51,28 @@ class Dense(Layer):
             (inputs, units), init if init is not None else _DEFAULT_INIT.get(activation, "he_normal")
         )
         self.bias = Parameter((units,), bias_init) if bias else None
+        self.mask = None
+        if mask is not None:
+            self.mask = Parameter(self.weight.shape, _edges(mask, self.weight.shape), trainable=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.dense(x, self.weight, self.bias, self.activation)
+        return fused.dense(x, self.weight, self.bias, self.activation, self.mask)
+
+    def settle(self) -> None:
+        if self.mask is not None:
+            self.weight.backend.write(self.weight.data, np.where(self.mask.numpy() == 0, 0, self.weight.numpy()))
+
+
+def _edges(mask: Any, shape: tuple[int, ...]) -> Any:
+    """The mask as an initial value; text is an initializer's name, as a saved model has it."""
+    if isinstance(mask, str):
+        return mask
+    edges = np.asarray(mask)
+    if edges.shape != shape:
+        raise ValueError(f"Dense: mask has shape {edges.shape}, expected {shape}, one element for each weight")
+    if not np.isin(edges, (0, 1)).all():
+        raise ValueError("Dense: mask has other values than 0 and 1; pass bools, True where there is an edge")
+    return edges.astype(np.float64)
 
 
 def _check(where: str, key: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:

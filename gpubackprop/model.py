@@ -263,6 +263,14 @@ class Layer:
         for key in keys:
             p = named[key]
             p.backend.write(p.data, initializers.draw(p.init, p.shape, seed, key))
+        self._settle()
+
+    def settle(self) -> None:
+        """Called after values were drawn or loaded: what must hold of a layer's parameters is put right here."""
+
+    def _settle(self) -> None:
+        for _, layer in self.named_layers():
+            layer.settle()
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Every parameter as a NumPy array (a copy), by name."""
@@ -294,6 +302,7 @@ class Layer:
         for k, p in named.items():
             p.backend.write(p.data, values[k])
             p.settled = True
+        self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in vars(self).items() if k not in ("_arenas", "_bound", "_predictor")}

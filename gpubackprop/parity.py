@@ -14,6 +14,8 @@ from gpubackprop.formulas import (
     ACTIVATIONS,
     BINARY,
     LOSSES,
+    PASSES,
+    PENALTIES,
     RESULT,
     RULES,
     UNARY,
@@ -21,6 +23,8 @@ from gpubackprop.formulas import (
     Binary,
     Expr,
     Loss,
+    Pass,
+    Penalty,
     Rule,
     apply,
     chain,
@@ -179,6 +183,8 @@ def cases() -> tuple[Case, ...]:
         *(case for row in UNARY.values() for case in _unary(row)),
         *(case for row in BINARY.values() for case in _binary(row)),
         *(_loss(row) for row in LOSSES.values()),
+        *(_map(row.name, row.graph(), partial(_pass_shape, row)) for row in PASSES.values()),
+        *(_penalty(row) for row in PENALTIES.values()),
         *(case for row in RULES.values() for case in _rule(row)),
         *_WRITTEN,
         *(_reduction(kind, axes, of) for kind in ("sum", "mean", "max", "min") for axes, of in _AXES.items()),
@@ -266,6 +272,23 @@ def _loss(row: Loss) -> Case:
     return Case(row.name, bind, SUM)
 
 
+def _pass_shape(row: Pass, key: str, rows: int, columns: int) -> tuple[int, ...]:
+    return (1, 1) if key in row.single else (rows, columns)
+
+
+def _penalty(row: Penalty) -> Case:
+    def bind(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+        graph, n = row.graph(), rows * columns
+        p, dp, scale, total = g.normal(n, extremes=True), g.normal(n), g.put([4.0], g.wide), g.blank(dtype=g.wide)
+        scalars = hoist(graph, ("p", "g", "scale"))[1].values()
+        table, tally = g.table({describe(e): evaluate(e, _CONSTANTS) for e in scalars}), g.back.tally(g.wide)
+        reads = {"p": p, "g": dp, "scale": scale}
+        launch = g.back.elementwise_sum(f"{row.name} penalty", graph, reads, total, {"g": dp}, table=table, tally=tally)
+        return launch, {"g": dp, "total": total, "tally": partial(_tallied, tally, g.wide)}
+
+    return Case(f"{row.name} penalty", bind, SUM)
+
+
 def _tallied(tally: Any, dtype: npt.DTypeLike) -> Any:
     return np.array(tally.read(), dtype)
 
@@ -273,6 +296,7 @@ def _tallied(tally: Any, dtype: npt.DTypeLike) -> Any:
 _CONSTANTS = {
     "lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.01, "rho": 0.9,
     "inside": 0, "outside": 1e-8, "mu": 0.85, "mu_next": 0.86, "mu_product": 0.6, "r": 0.3,
+    "rows": 32, "l1": 0.01, "l2": 0.02,
 }  # fmt: skip
 _POWERS = {f"{k}_t": _CONSTANTS[k] ** 3 for k in ("beta1", "beta2")}
 

@@ -2,13 +2,14 @@
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import number, whole
+from gpubackprop.columns import Columns
 from gpubackprop.holdout import take
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
@@ -36,12 +37,8 @@ class RangeTest:
         return float(self.lr[: int(self.smoothed.argmin()) + 1][fall[: int(self.smoothed.argmin()) + 1].argmin()])
 
     def __str__(self) -> str:
-        rows = [
-            f"{lr:12.4g}  {loss:12.6g}  {mean:12.6g}"
-            for lr, loss, mean in zip(self.lr, self.loss, self.smoothed, strict=True)
-        ]
-        head = f"{'lr':>12}  {'loss':>12}  {'smoothed':>12}"
-        return "\n".join([head, *rows, f"the loss falls fastest at lr = {self.suggestion:.2g}"])
+        table = Columns({f.name: getattr(self, f.name).tolist() for f in fields(self)})
+        return f"{table}\nthe loss falls fastest at lr = {self.suggestion:.2g}"
 
 
 def lr_range_test(

@@ -55,6 +55,7 @@ def lsuv(model: Layer, x: Any, seed: int | None = None) -> Layer:
     for _, layer in layers:
         weight, bias = layer.weight, layer.bias
         weight.backend.write(weight.data, draw("orthogonal", weight.shape, seed, names[weight]))
+        layer.settle()
         if bias is not None:
             model._draw(seed, [names[bias]])
     for path, layer in layers:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, CaptureError, Staging, StepTable, Workspace, use_tf32
 from gpubackprop.backprop import backward
-from gpubackprop.formulas import RESULT, parse
+from gpubackprop.formulas import PASSES
 from gpubackprop.losses import Objective
 from gpubackprop.metrics import Metric
 from gpubackprop.model import Layer, training
@@ -232,12 +232,12 @@ class Step:
         run(self.table.control, lambda: self.backend.advance(self.table, applies=False))
 
     def _update(self) -> None:
-        arena, limit = self.model.arena, self.terms.clip_value
-        if limit < math.inf and arena.size:
-            g, scale = arena.gradients, self.table.control[:1].reshape(1, 1)
-            clipped = parse(f"c = {limit!r} * scale\nminimum(maximum(g, -c), c)")
-            reads, what = {"g": g, "scale": scale}, f"g within ±{limit:g}"
-            run(g, lambda: self.backend.elementwise("clip", {"g": clipped[RESULT]}, reads, {"g": g}, what=what))
+        back, g, limit = self.backend, self.model.arena.gradients, self.terms.clip_value
+        if limit < math.inf:
+            bound = back.asarray(np.array([[limit]], g.dtype))
+            reads = {"g": g, "limit": bound, "scale": self.table.control[:1].reshape(1, 1)}
+            clipped, what = PASSES["clip_value"].graph(), f"g within ±{limit:g}"
+            run(g, lambda: back.elementwise("clip value", clipped, reads, {"g": g}, what=what))
         self._rule()
 
     def _rule(self, *, before: bool = False) -> None:

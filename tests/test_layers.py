@@ -20,6 +20,7 @@ from gpubackprop import initializers
 from gpubackprop.arena import ALIGNMENT
 from gpubackprop.checkpoint import BUILTIN
 from gpubackprop.layers import Layer
+from gpubackprop.optimizers import OPTIMIZERS as KINDS
 
 erf = np.vectorize(math.erf)
 
@@ -1028,3 +1029,80 @@ os.kill(pid, 9)
 os._exit(1)
 """
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=60).returncode == 0
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+EDGES = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0], [0, 0, 1]])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_seed_04_missing_edges_stay_exactly_zero_under_every_optimizer(name, rng):
+    x, t = rng.normal(size=(30, 4)), rng.normal(size=(30, 2))
+    model = gb.Sequential(gb.Dense(4, 3, "tanh", mask=EDGES), gb.Dense(3, 2), dtype="float64").initialize(0)
+    before = model.state_dict()["0.weight"]
+    assert ((before != 0) == EDGES).all()
+    kind = KINDS[name]
+    decays = {} if kind is gb.LBFGS else {"weight_decay": 0.01}
+    gb.Trainer(model, "mse", kind(**decays), seed=0).fit(x, t, epochs=25, batch_size=8)  # a hundred updates
+    after = model.state_dict()["0.weight"]
+    assert ((after != 0) == EDGES).all() and (after != before)[EDGES == 1].all()
+
+
+def test_seed_04_padding_to_equal_width_is_exact_only_where_nothing_leaves_the_padding(rng):
+    """Units with no edges in give σ(0) = ½, not 0: the edges out have to be missing too."""
+    x, t = rng.normal(size=(20, 4)), rng.normal(size=(20, 2))
+    narrow = gb.mlp([4, 3, 2], "sigmoid", dtype="float64").initialize(1)
+    state = narrow.state_dict()
+    into, out = np.zeros((4, 5)), np.zeros((5, 2))
+    into[:, :3] = out[:3] = 1
+
+    def padded(*masks):
+        first, second = (gb.Dense(*shape, mask=mask, activation=a) for shape, mask, a in
+                         zip(((4, 5), (5, 2)), masks, ("sigmoid", "identity"), strict=True))  # fmt: skip
+        model = gb.Sequential(first, second, dtype="float64").initialize(2)
+        wide = model.state_dict()
+        for key, value in state.items():
+            wide[key][tuple(slice(0, n) for n in value.shape)] = value
+        model.load_state_dict(wide | {"0.bias": np.pad(state["0.bias"], (0, 2)), "1.bias": state["1.bias"]})
+        return model
+
+    both, one = padded(into, out), padded(into, None)
+    np.testing.assert_allclose(both.predict(x), narrow.predict(x), rtol=0, atol=1e-15)
+    assert np.abs(one.predict(x) - narrow.predict(x)).max() > 1e-3
+    for model in (narrow, both):
+        gb.Trainer(model, "mse", gb.Adam(0.01, weight_decay=0.01), seed=0).fit(x, t, epochs=100, batch_size=20)
+    np.testing.assert_allclose(both.predict(x), narrow.predict(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:reference", "cuda"])
+def test_a_masked_gradient_is_zero_there_and_unchanged_elsewhere(device, rng, request):
+    if device == "cuda":
+        request.getfixturevalue("cuda")
+    x, weights = rng.normal(size=(7, 4)).astype("f"), []
+    for mask in (None, EDGES):
+        layer = gb.Dense(4, 3, mask=mask).initialize(3).to(device)
+        layer.load_state_dict(layer.state_dict() | {"weight": np.ones((4, 3)) * EDGES})
+        (layer(x) ** 2).sum().backward()
+        weights.append(layer.weight.grad.numpy())
+    np.testing.assert_array_equal(weights[1], weights[0] * EDGES)
+
+
+def test_a_mask_holds_for_what_is_loaded_and_travels_with_the_model(rng, tmp_path):
+    model = gb.Sequential(gb.Dense(4, 3, mask=EDGES.astype(bool)), gb.Dense(3, 1))
+    model.load_state_dict({k: np.ones_like(v) for k, v in model.state_dict().items()} | {"0.mask": EDGES})
+    np.testing.assert_array_equal(model.state_dict()["0.weight"], EDGES)
+    gb.save_model(model, tmp_path / "m.safetensors")
+    back = gb.load_model(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(back.state_dict()["0.mask"], EDGES)
+    gb.Trainer(back, "mse", seed=0).fit(rng.normal(size=(9, 4)), np.ones(9), epochs=2)
+    assert ((back.state_dict()["0.weight"] != 0) == EDGES).all()
+
+
+@pytest.mark.parametrize("mask, message", [
+    (np.ones((3, 4)), r"Dense: mask has shape \(3, 4\), expected \(4, 3\), one element for each weight"),
+    (np.full((4, 3), 0.5), "Dense: mask has other values than 0 and 1; pass bools"),
+])  # fmt: skip
+def test_bad_masks(mask, message):
+    with pytest.raises(ValueError, match=message):
+        gb.Dense(4, 3, mask=mask)

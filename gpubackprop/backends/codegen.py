@@ -28,7 +28,7 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The activations, functions, losses, penalties and update rules."""
+    """The activations, functions, losses, passes over gradients, penalties and update rules."""
     return sorted({key for table, _ in _makers() for key in table})
 
 
@@ -60,6 +60,7 @@ def _makers() -> list[tuple[Mapping[str, Any], Callable[[Any], list[Skeleton]]]]
         (formulas.UNARY, _unary),
         (formulas.BINARY, _binary),
         (formulas.LOSSES, _loss),
+        (formulas.PASSES, _pass),
         (formulas.PENALTIES, _penalty),
         (formulas.RULES, _rule),
     ]
@@ -118,6 +119,10 @@ def _loss(row: formulas.Loss) -> list[Skeleton]:
             single=("k", "scale"), table={"s0": formulas.parse("1 / rows")[formulas.RESULT]}, wide=("scale",),
         ),
     ]  # fmt: skip
+
+
+def _pass(row: formulas.Pass) -> list[Skeleton]:
+    return [Kernel(f"{row.name}_gradient", row.graph(), f"g = {row.text}", single=row.single)]
 
 
 def _penalty(row: formulas.Penalty) -> list[Skeleton]:
