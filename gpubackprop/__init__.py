@@ -24,6 +24,7 @@ from gpubackprop.fused import (
     sse,
 )
 from gpubackprop.gradients import gradcheck, value_and_grad
+from gpubackprop.guessing import grid_points, grid_search, random_search
 from gpubackprop.holdout import KFold, learning_curve, split
 from gpubackprop.layers import (
     Activation,
@@ -97,10 +98,10 @@ __all__ = [
     "Dropout", "EarlyStopping", "KFold", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan",
     "RAdam", "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
     "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
-    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "initializers", "layer_norm",
-    "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax", "logsumexp", "lr_range_test", "lsuv",
-    "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "power",
-    "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid", "sin", "softmax",
-    "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
-    "transpose", "value_and_grad", "where",
+    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "grid_points", "grid_search", "half_mse",
+    "initializers", "layer_norm", "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax",
+    "logsumexp", "lr_range_test", "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
+    "multiply", "neg", "power", "random_search", "register_activation", "relu", "reshape", "save_model", "schedules",
+    "sigmoid", "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh",
+    "tensor", "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ LEVELS = [
     {"step", "progress", "checkpoint", "scaling"},
     {"room", "callbacks", "lbfgs"},
     {"trainer"},
-    {"range_test"},
+    {"range_test", "guessing"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline"},
     {"doctor"},

@@ -306,6 +306,51 @@ def test_seed_26_momentum_zero_is_plain_sgd_bit_for_bit(dtype, rng):
     assert run(gb.SGD(0.1, momentum=1e-3)) != run(gb.SGD(0.1))
 
 
+@pytest.mark.parametrize("nesterov", ["lookahead", "torch", "seed"])
+@pytest.mark.parametrize(
+    "h, beta, lr", [(1.0, 0.9, 0.5), (3.0, 0.5, 0.2), (29.18, 0.9, 0.02), (29.18, 0.9, 0.1), (2.5, 0.9, 1e-3)]
+)
+def test_seed_27_three_meanings_of_nesterov_on_a_parabola(nesterov, h, beta, lr):
+    """½ h w²: the step is a linear map of (w, z), whose determinant for the notes' form, β(1 − h), has no learning rate
+    in it (erratum E5): it diverges for h > 1 + 1/β however small the rate, where the others follow theirs."""
+    maps = {
+        "lookahead": [[1 - lr * h, -lr * beta * (1 - lr * h)], [h, beta * (1 - lr * h)]],
+        "torch": [[1 - lr * h * (1 + beta), -lr * beta**2], [h, beta]],
+        "seed": [[1 - lr * h, -lr * beta * (1 - h)], [h, beta * (1 - h)]],
+    }
+    assert np.linalg.det(maps["seed"]) == pytest.approx(beta * (1 - h))
+    model = gb.Sequential(gb.Dense(1, 1, bias=False, init=1.0), dtype="float64")
+    trainer, path = gb.Trainer(model, "mse", gb.SGD(lr, beta, nesterov), seed=0), [1.0]
+    at, z, x = 1.0, 0.0, math.sqrt(h / 2)  # (x w)² = ½ h w²
+    for _ in range(30):
+        trainer.fit([[x]], [0.0], epochs=1)
+        path.append(model.state_dict()["0.weight"].item())
+        at, z = np.array(maps[nesterov]) @ (at, z)
+        assert path[-1] == pytest.approx(at, rel=1e-9, abs=1e-12)
+    radius = max(abs(np.linalg.eigvals(np.array(maps[nesterov]))))
+    if nesterov == "seed":
+        assert (radius > 1) == (h > 1 + 1 / beta)
+    else:
+        assert (radius > 1) == (lr == 0.1)
+
+
+FIRST = {  # from w = 0 under a gradient g
+    "adagrad": (gb.Adagrad(0.1, eps=1e-3, eps_at="inside"), lambda g: 0.1 * g / math.sqrt(g * g + 1e-3)),
+    "adagrad, outside": (gb.Adagrad(0.1, eps=1e-3), lambda g: 0.1 * g / (abs(g) + 1e-3)),
+    "adadelta": (gb.Adadelta(1.0, rho=0.9, eps=1e-4), lambda g: 1e-2 * g / math.sqrt(0.1 * g * g + 1e-4)),
+    "rmsprop": (gb.RMSprop(0.1, rho=0.9, eps=1e-3, eps_at="inside"), lambda g: 0.1 * g / math.sqrt(0.1 * g * g + 1e-3)),
+    "adam": (gb.Adam(0.1, eps=1e-3), lambda g: 0.1 * g / (abs(g) + 1e-3)),
+    "lion": (gb.Lion(0.1), lambda g: math.copysign(0.1, g)),
+}
+
+
+@pytest.mark.parametrize("g", [1e-3, -3.0, 1e3])
+@pytest.mark.parametrize("name", FIRST)
+def test_seed_28_first_steps(name, g):
+    optimizer, step = FIRST[name]
+    assert constant_gradient(optimizer, 1, g)[1] == pytest.approx(-step(g), rel=1e-12)
+
+
 @pytest.mark.parametrize("g", [1e-3, -3.0, 1e6])
 def test_adams_first_step_is_lr_whatever_the_gradients_size(g):
     path = constant_gradient(gb.Adam(0.01), 3, g)

@@ -619,3 +619,30 @@ def test_seed_41_cross_validation():
         trainer.fit(x[train], y[train], epochs=15, batch_size=30)
         accuracies.append(trainer.evaluate(x[test], y[test])["accuracy"])
     assert np.mean(accuracies) > 0.85 and min(accuracies) > 0.6
+
+
+# ---- row 32: guessing ----------------------------------------------------------------------------------------------
+
+
+def test_seed_32_guesses_it_takes_to_search_ten_segments_of_each_weight():
+    two, three = (gb.Sequential(gb.Dense(n, 1, bias=False)) for n in (2, 3))
+    assert (gb.grid_points(two), gb.grid_points(two, 100), gb.grid_points(three)) == (100, 10_000, 1_000)
+    handwriting = gb.mlp([784, 15, 10])
+    assert handwriting.parameter_count == 11_910 + 25
+    assert gb.grid_points(handwriting) == 10**11_935  # a 1 and 11,935 zeros
+    trainer = gb.Trainer(handwriting, seed=0)
+    with pytest.raises(ValueError, match=r"10\^11,935 guesses, a number of 11,936 digits, are more than 1,000,000"):
+        gb.grid_search(trainer, np.zeros((1, 784)), [0])
+
+
+def test_seed_32_a_grid_and_random_guesses_find_what_a_gradient_finds_sooner(rng):
+    x, w = rng.normal(size=(50, 2)), np.array([[0.35], [-0.75]])  # the middle of a segment of width 0.1 and 0.5
+    model = gb.Sequential(gb.Dense(2, 1, bias=False), dtype="float64")
+    trainer = gb.Trainer(model, "mse", gb.LBFGS(), seed=0)
+    grid = gb.grid_search(trainer, x, x @ w, segments=20)
+    assert grid.evaluations == 400 and grid.best == pytest.approx(0, abs=1e-25)
+    np.testing.assert_allclose(model.state_dict()["0.weight"], w, atol=1e-12)
+    guessed = gb.random_search(trainer, x, x @ w, guesses=200, seed=1)
+    assert guessed.evaluations == 200 and 1e-6 < guessed.best < np.median(guessed.losses) / 20
+    assert trainer.evaluate(x, x @ w)["loss"] == guessed.best
+    assert trainer.fit(x, x @ w, epochs=10)["loss"][-1] < 1e-12 < guessed.best

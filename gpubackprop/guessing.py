@@ -1,0 +1,98 @@
+"""Weights found by guessing: at random, or all points of a grid; what backprop is to be compared with."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.checks import number, whole
+from gpubackprop.data import as_seed
+from gpubackprop.model import Layer
+from gpubackprop.trainer import Trainer
+
+__all__ = ["Guesses", "grid_points", "grid_search", "random_search"]
+
+Floats = npt.NDArray[np.float64]
+MOST_POINTS = 1_000_000
+
+
+@dataclass(eq=False)
+class Guesses:
+    """The loss of each guess, in order."""
+
+    losses: Floats
+
+    @property
+    def evaluations(self) -> int:
+        """How often the loss was evaluated."""
+        return len(self.losses)
+
+    @property
+    def best(self) -> float:
+        """The least loss."""
+        return float(self.losses.min())
+
+    def __str__(self) -> str:
+        middle = float(np.median(self.losses))
+        return f"{self.evaluations:,} guesses: the least loss is {self.best:.6g}, the median {middle:.6g}"
+
+
+def random_search(
+    trainer: Trainer, x: Any, y: Any, guesses: int = 100, low: float = -1.0, high: float = 1.0, seed: int | None = 0
+) -> Guesses:
+    """Draw all trained weights uniformly from [low, high) so many times; the model keeps the best of them."""
+    where = "random_search"
+    low, high = _bounds(where, low, high)
+    generator = np.random.default_rng(as_seed(seed, where))
+    size = trainer.model.parameter_count
+    return _best_of(
+        trainer, x, y, (generator.uniform(low, high, size) for _ in range(whole(where, "guesses", guesses)))
+    )
+
+
+def grid_points(model: Layer, segments: int = 10) -> int:
+    """segments^N, the points of a grid over the N trained weights: how many guesses a search among them takes."""
+    points: int = whole("grid_points", "segments", segments) ** model.parameter_count
+    return points
+
+
+def grid_search(trainer: Trainer, x: Any, y: Any, segments: int = 10, low: float = -1.0, high: float = 1.0) -> Guesses:
+    """Try every point of a grid, the middles of so many segments of [low, high] for each trained weight; the model
+    keeps the best. ValueError where that are more than a million."""
+    where = "grid_search"
+    low, high = _bounds(where, low, high)
+    points = grid_points(trainer.model, segments)
+    if points > MOST_POINTS:
+        n = trainer.model.parameter_count
+        count = f"{segments}^{n:,} guesses, a number of {1 + math.floor(n * math.log10(segments)):,} digits"
+        raise ValueError(f"{where}: {count}, are more than {MOST_POINTS:,}; use random_search, or better a gradient")
+    middles = low + (high - low) * (np.arange(segments) + 0.5) / segments
+    return _best_of(trainer, x, y, map(np.array, itertools.product(middles, repeat=trainer.model.parameter_count)))
+
+
+def _bounds(where: str, low: Any, high: Any) -> tuple[float, float]:
+    low, high = number(where, "low", low), number(where, "high", high)
+    if not low < high:
+        raise ValueError(f"{where}: low {low:g} must be less than high {high:g}")
+    return low, high
+
+
+def _best_of(trainer: Trainer, x: Any, y: Any, guesses: Iterable[Floats]) -> Guesses:
+    """Evaluate each vector of weights, laid out as the parameters are named, and keep the best."""
+    model, losses = trainer.model, list[float]()
+    trained = {key: p.shape for key, p in model.named_parameters().items() if p.trainable}
+    ends = np.cumsum([math.prod(shape) for shape in trained.values()])
+    best = state = model.state_dict()
+    for guess in guesses:
+        parts = np.split(guess, ends[:-1])
+        values = {key: part.reshape(shape) for (key, shape), part in zip(trained.items(), parts, strict=True)}
+        model.load_state_dict(state | values)
+        losses.append(trainer.evaluate(x, y)["loss"])
+        if losses[-1] <= min(losses):
+            best = state | values
+    model.load_state_dict(best)
+    return Guesses(np.array(losses))
