@@ -17,6 +17,7 @@ from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device, setting
 from gpubackprop.data import as_features, as_seed
+from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
@@ -117,6 +118,8 @@ class Layer:
             got = f"{x.shape[1]} columns" if x.ndim == 2 else f"shape {x.shape}"
             where = f"layer {self._path!r}" if self._path else type(self).__name__
             raise ValueError(f"{where}: x has {got} but {self.describe()} expects {expected} columns")
+        if (watcher := observer()) is not None:
+            return watcher.call(self, x)
         if recording() is None:
             return self.forward(x)
         with within(self._path):

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 LEVELS = [
     {"formulas"},
     {"backends"},
-    {"plan"},
+    {"plan", "observe"},
     {"backprop"},
     {"tensor", "operands", "shapes", "ops"},
     {"data", "fused", "gradients", "arena", "initializers"},
@@ -26,6 +26,8 @@ LEVELS = [
     {"step", "progress", "checkpoint"},
     {"room"},
     {"trainer"},
+    {"diagnostics"},
+    {"nan_search", "report"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline"},
     {"doctor"},
