@@ -11,6 +11,7 @@ from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.checkpoint import load_model, save_model
 from gpubackprop.data import split
+from gpubackprop.diagnostics import explain_weight, loss_of_weights, sensitivity
 from gpubackprop.formulas import register_activation
 from gpubackprop.fused import (
     batch_norm,
@@ -23,7 +24,7 @@ from gpubackprop.fused import (
     softmax_cross_entropy,
     sse,
 )
-from gpubackprop.gradients import gradcheck, value_and_grad
+from gpubackprop.gradients import gradcheck, hessian_vector_product, value_and_grad
 from gpubackprop.layers import (
     Activation,
     BatchNorm,
@@ -36,6 +37,7 @@ from gpubackprop.layers import (
     mlp,
 )
 from gpubackprop.model import Layer, training
+from gpubackprop.nan_search import find_nan
 from gpubackprop.ops import (
     abs,
     add,
@@ -69,6 +71,7 @@ from gpubackprop.ops import (
 )
 from gpubackprop.optimizers import SGD, Adam, AdamW, Optimizer
 from gpubackprop.plan import Plan
+from gpubackprop.report import gradient_report
 from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -79,9 +82,10 @@ __all__ = [
     "SGD", "Activation", "Adam", "AdamW", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Optimizer",
     "Parameter", "Plan", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
     "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
-    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log",
-    "log1p", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
-    "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "sigmoid", "sin", "softmax",
-    "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training",
-    "transpose", "value_and_grad", "where",
+    "dropout", "exp", "explain_weight", "expm1", "find_nan", "gather", "get_backend", "gradcheck",
+    "gradient_report", "half_mse", "hessian_vector_product", "layer_norm", "load_model", "log", "log1p",
+    "log_softmax", "logsumexp", "loss_of_weights", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp",
+    "mse", "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "sensitivity",
+    "sigmoid", "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum",
+    "tanh", "tensor", "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip
