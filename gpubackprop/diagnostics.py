@@ -225,15 +225,15 @@ def _weight_of(site: Site) -> Parameter | None:
 def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Tensor], tuple[Array, ...]]:
     """(L, w): the mean training loss over the rows as a function of the trained weights, and these, all in float64.
 
-    L takes a tensor for each array of w, in the order of `model.named_parameters()`: for `gb.hessian_vector_product`,
-    `gb.gradcheck` and `gb.value_and_grad`.
+    L takes a tensor for each array of w, in the order of `model.named_parameters()`, and computes where they lie: for
+    `gb.hessian_vector_product`, `gb.gradcheck` and `gb.value_and_grad`, which take w as it is.
     """
     where = "loss_of_weights"
     twin, step = copied(trainer, where), trainer.step + 1
     loss = twin.objective.function if twin.objective.own else twin.objective.name
     double = Trainer(twin.model, loss, device=twin.backend.device, seed=twin.seed, precision="float64")
     rows, targets = double._data(x, y, where)
-    host, model = double.backend.to_numpy(rows), double.model
+    host, model = double.backend.to_numpy(rows) if is_on_device(rows) else rows, double.model
     trained = [p for p in model.named_parameters().values() if p.stepped]
 
     def loss_of(*weights: Tensor) -> Tensor:

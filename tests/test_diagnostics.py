@@ -189,7 +189,9 @@ def test_every_device_tells_the_same(cuda, rng):
         report = gb.gradient_report(t, x, y)
         figures = [[row.preact, row.postact, row.delta_pre, row.delta_post, row.share] for row in report.layers]
         figures += [[row.gradient, row.update] for row in report.layers if row.what.startswith("Dense")]
-        told.append((np.hstack(figures), gb.sensitivity(t, x, y, 0), gb.explain_weight(t, x, y, 2, 2, 1).products))
+        function, w = gb.loss_of_weights(t, x, y)  # on the CPU, where w lies
+        product = gb.hessian_vector_product(function, w, w)[2]
+        told.append((np.hstack(figures), gb.sensitivity(t, x, y, 0), gb.explain_weight(t, x, y, 2, 2, 1).tail, product))
         assert [row.verdict for row in report.layers] == ["healthy"] * 3
         assert gb.find_nan(t, x, y, batch_size=16) is None
         poisoned = t.model.state_dict()
@@ -205,7 +207,9 @@ def test_every_device_tells_the_same(cuda, rng):
     for other in told[1:]:
         for a, b in zip(told[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-8)
-    there = gb.sensitivity(t, cuda.asarray(x), cuda.asarray(y), 2)
+    buffers = cuda.asarray(x), cuda.asarray(y)
+    assert np.isnan(gb.loss_of_weights(t, *buffers)[0](*map(gb.tensor, w[:3]), gb.tensor(np.full(10, np.nan))).item())
+    there = gb.sensitivity(t, *buffers, 2)
     assert not isinstance(there, np.ndarray) and np.isnan(cuda.to_numpy(there)).all()
 
 
