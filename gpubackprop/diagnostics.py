@@ -233,7 +233,8 @@ def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Ten
     loss = twin.objective.function if twin.objective.own else twin.objective.name
     double = Trainer(twin.model, loss, device=twin.backend.device, seed=twin.seed, precision="float64")
     rows, targets = double._data(x, y, where)
-    host, model = double.backend.to_numpy(rows) if is_on_device(rows) else rows, double.model
+    host = double.backend.to_numpy(rows) if is_on_device(rows) else np.array(rows)  # the caller may write over x and y
+    targets, model = np.array(targets), double.model
     trained = [p for p in model.named_parameters().values() if p.stepped]
 
     def loss_of(*weights: Tensor) -> Tensor:

@@ -523,8 +523,12 @@ def test_the_loss_of_weights_can_be_doubted(rng):
     """A gradient check of a whole network in training mode, of the float32 trainer that someone has at hand."""
     model = gb.Sequential(gb.Dense(3, 3, "tanh"), gb.BatchNorm(3), gb.Dropout(0.4), gb.Dense(3, 2))
     t = gb.Trainer(model, seed=0, device="cpu")
-    function, w = gb.loss_of_weights(t, rng.normal(size=(6, 3)), rng.integers(0, 2, 6))
+    x, y = rng.normal(size=(6, 3)), rng.integers(0, 2, 6)
+    function, w = gb.loss_of_weights(t, x, y)
     assert gb.gradcheck(function, w) <= 1e-8
+    value = function(*map(gb.tensor, w)).item()
+    x[:], y[:] = 0, 0  # the function keeps its own
+    assert function(*map(gb.tensor, w)).item() == value
     with pytest.raises(ValueError, match=r"loss_of_weights: tensors of shapes \(3, 3\), .* expected, got \(3, 3\)"):
         function(gb.tensor(w[0]))
 
