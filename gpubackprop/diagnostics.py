@@ -34,7 +34,7 @@ Array = npt.NDArray[Any]
 # ---- one forward and backward, watched -----------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # frozen ones take a millisecond each to import
 class Site:
     """One call of a layer, or an activation that a layer's own forward applies beside other work.
 
@@ -99,7 +99,7 @@ class _Watcher:
         return {site.name: site for site in self.sites}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Observed:
     """What was seen of one forward and backward, and the copy of the trainer that ran it."""
 
@@ -158,7 +158,7 @@ def sensitivity(trainer: Trainer, x: Any, y: Any, layer: str | int) -> Any:
 # ---- one weight ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class WeightGradient:
     """∂L/∂w of one weight from unit i to unit j, as the sum over the rows of tail activation × head delta."""
 

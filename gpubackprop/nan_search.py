@@ -15,7 +15,7 @@ from gpubackprop.trainer import Trainer, TrainingDiverged
 __all__ = ["BadLaunch", "find_nan"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BadLaunch:
     """The first launch that wrote a NaN or an infinity."""
 

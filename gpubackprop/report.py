@@ -47,7 +47,7 @@ REMEDIES = {  # by verdict, the gravest first
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LayerReport:
     """One layer, or an activation in the forward of a layer of one's own; scales are root mean squares."""
 
@@ -72,7 +72,7 @@ class LayerReport:
         return REMEDIES[self.verdict]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GradientReport:
     """What one training step looks like from inside, layer by layer; `print` it."""
 
