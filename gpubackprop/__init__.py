@@ -11,6 +11,7 @@ from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.callbacks import EarlyStopping
 from gpubackprop.checkpoint import load_model, save_model
+from gpubackprop.diagnostics import explain_weight, loss_of_weights, sensitivity
 from gpubackprop.formulas import register_activation
 from gpubackprop.fused import (
     batch_norm,
@@ -23,7 +24,7 @@ from gpubackprop.fused import (
     softmax_cross_entropy,
     sse,
 )
-from gpubackprop.gradients import gradcheck, value_and_grad
+from gpubackprop.gradients import gradcheck, hessian_vector_product, value_and_grad
 from gpubackprop.guessing import grid_points, grid_search, random_search
 from gpubackprop.holdout import KFold, learning_curve, split
 from gpubackprop.layers import (
@@ -39,6 +40,7 @@ from gpubackprop.layers import (
     mlp,
 )
 from gpubackprop.model import Layer, training
+from gpubackprop.nan_search import find_nan
 from gpubackprop.ops import (
     abs,
     add,
@@ -86,6 +88,7 @@ from gpubackprop.optimizers import (
 )
 from gpubackprop.plan import Plan
 from gpubackprop.range_test import lr_range_test
+from gpubackprop.report import gradient_report
 from gpubackprop.scaling import layer_stats, lsuv
 from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
@@ -98,10 +101,11 @@ __all__ = [
     "Dropout", "EarlyStopping", "KFold", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan",
     "RAdam", "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
     "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
-    "dropout", "exp", "expm1", "gather", "get_backend", "gradcheck", "grid_points", "grid_search", "half_mse",
-    "initializers", "layer_norm", "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax",
-    "logsumexp", "lr_range_test", "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
-    "multiply", "neg", "power", "random_search", "register_activation", "relu", "reshape", "save_model", "schedules",
-    "sigmoid", "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh",
-    "tensor", "training", "transpose", "value_and_grad", "where",
+    "dropout", "exp", "explain_weight", "expm1", "find_nan", "gather", "get_backend", "gradcheck", "gradient_report",
+    "grid_points", "grid_search", "half_mse", "hessian_vector_product", "initializers", "layer_norm", "layer_stats",
+    "learning_curve", "load_model", "log", "log1p", "log_softmax", "logsumexp", "loss_of_weights", "lr_range_test",
+    "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "power",
+    "random_search", "register_activation", "relu", "reshape", "save_model", "schedules", "sensitivity", "sigmoid",
+    "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
+    "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip

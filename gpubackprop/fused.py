@@ -11,6 +11,7 @@ from gpubackprop import ops
 from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable, Tally, arithmetic
 from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import ACTIVATIONS, LOSSES, PASSES, RESULT, Activation, Loss, apply, chain, name, parse
+from gpubackprop.observe import observer
 from gpubackprop.operands import graph, operands, result, share
 from gpubackprop.plan import empty, run
 from gpubackprop.shapes import reshape
@@ -47,6 +48,8 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity", mask: Ten
     with a mask, of w's shape, the gradient of w is 0 where the mask is.
     """
     row = activation_row(activation)
+    if row.name != "identity" and observer() is not None:  # who wants to see the pre-activation
+        return ops.unary(dense(x, w, b, mask=mask), row)
     x, w, *rest = operands("dense", x, w, *(() if b is None else (b,)))
     _check_dense(x, w, rest[0] if rest else None)
     bias = rest[0] if rest else None

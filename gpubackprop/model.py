@@ -3,7 +3,7 @@
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,11 +17,12 @@ from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device, setting
 from gpubackprop.data import as_features, as_seed
+from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
 
-__all__ = ["CLASSES", "Layer", "Mode", "current_mode", "mode", "observing", "seed_or_fresh", "training"]
+__all__ = ["CLASSES", "Layer", "Mode", "current_mode", "mode", "seed_or_fresh", "training"]
 
 
 # ---- training or inference -----------------------------------------------------------------------------------------
@@ -56,14 +57,6 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
 
 
 # ---- looking on ----------------------------------------------------------------------------------------------------
-
-Observer = Callable[[str, "Layer", Tensor, Tensor], object]
-_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
-
-
-def observing(observer: Observer) -> AbstractContextManager[None]:
-    """Every layer called inside shows the observer its path, itself, its x and its output; replays call none."""
-    return setting(_observer, observer)
 
 
 # ---- the base ------------------------------------------------------------------------------------------------------
@@ -128,14 +121,12 @@ class Layer:
             got = f"{x.shape[1]} columns" if x.ndim == 2 else f"shape {x.shape}"
             where = f"layer {self._path!r}" if self._path else type(self).__name__
             raise ValueError(f"{where}: x has {got} but {self.describe()} expects {expected} columns")
+        if (watcher := observer()) is not None:
+            return watcher.call(self, x)
         if recording() is None:
-            y = self.forward(x)
-        else:
-            with within(self._path):
-                y = self.forward(x)
-        if (observer := _observer.get()) is not None:
-            observer(self._path, self, x, y)
-        return y
+            return self.forward(x)
+        with within(self._path):
+            return self.forward(x)
 
     @property
     def inputs(self) -> int | None:

@@ -14,6 +14,7 @@ from gpubackprop import formulas
 from gpubackprop.backends.base import Buffer
 from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import RESULT, Activation
+from gpubackprop.observe import observer
 from gpubackprop.operands import axes_of, broadcast_shape, graph, new, operands, result, share, sum_to
 from gpubackprop.plan import release, run
 from gpubackprop.shapes import broadcast_to, reshape
@@ -57,6 +58,8 @@ def _add_gradient(
 def unary(x: Any, row: Activation) -> Tensor:
     """y = row.forward(x), elementwise."""
     (x,) = operands(row.name, x)
+    if (watcher := observer()) is not None:
+        return watcher.activate(x, row)
     y = new(x, x.shape)
     run(y, lambda: x.backend.elementwise(row.name, {RESULT: row.forward_graph()}, {"x": x.data}, {RESULT: y}))
 

@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, is_on_device, setting, use_workspace
+from gpubackprop.observe import observing
 
-__all__ = ["Plan", "current_layer", "empty", "held", "recording", "release", "run", "within"]
+__all__ = ["Plan", "aligned", "current_layer", "empty", "held", "recording", "release", "run", "running", "within"]
 
 _current: ContextVar["Plan | None"] = ContextVar("plan", default=None)
 _layer: ContextVar[str] = ContextVar("layer", default="")
+_runner: ContextVar[Callable[[Launch], object] | None] = ContextVar("runner", default=None)
 
 
 def recording() -> "Plan | None":
@@ -34,6 +36,11 @@ def current_layer() -> str:
 def within(layer: str) -> AbstractContextManager[None]:
     """Launches kept inside carry the layer's path."""
     return setting(_layer, layer)
+
+
+def running(by: Callable[[Launch], object]) -> AbstractContextManager[None]:
+    """Plans recorded and replayed inside, but for dry ones, run each launch by this function of it."""
+    return setting(_runner, by)
 
 
 def run(out: Buffer, bind: Callable[[], Launch]) -> None:
@@ -88,7 +95,7 @@ class Plan:
         self._section = launches = list[Launch]()
         token = _current.set(self)
         try:
-            with use_workspace(self.space):
+            with use_workspace(self.space), observing(None):  # a plan's launches are those without an observer
                 yield self
         finally:
             _current.reset(token)
@@ -102,9 +109,10 @@ class Plan:
 
     def add(self, launch: Launch) -> None:
         """Keep the launch and run it (unless dry)."""
-        self._section.append(replace(launch, layer=_layer.get()))
+        kept = replace(launch, layer=_layer.get())
+        self._section.append(kept)
         if not self.dry:
-            launch.run()
+            launch.run() if (by := _runner.get()) is None else by(kept)
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Buffer:
         """A released buffer of that size and dtype, else a new one."""
@@ -124,13 +132,19 @@ class Plan:
     def sequence(self, *sections: str) -> Callable[[], object]:
         """One call without arguments that replays the sections."""
         names = sections or tuple(self.sections)
+        if (by := _runner.get()) is not None and not self.dry:
+            launches = self._chosen(names)
+            return lambda: [by(launch) for launch in launches]
         if names not in self._ready:
-            if unknown := [n for n in names if n not in self.sections]:
-                raise ValueError(
-                    f"replay: unknown section {unknown[0]!r}; recorded are {', '.join(self.sections) or 'none'}"
-                )
-            self._ready[names] = self.backend.sequence([launch for n in names for launch in self.sections[n]])
+            self._ready[names] = self.backend.sequence(self._chosen(names))
         return self._ready[names]
+
+    def _chosen(self, names: Sequence[str]) -> list[Launch]:
+        if unknown := [n for n in names if n not in self.sections]:
+            raise ValueError(
+                f"replay: unknown section {unknown[0]!r}; recorded are {', '.join(self.sections) or 'none'}"
+            )
+        return [launch for n in names for launch in self.sections[n]]
 
     # ---- reading
 
@@ -169,7 +183,8 @@ class Plan:
                 rows += [("", "", "", line, "", "", "", "") for line in more]
         rows.append(("total", "", f"{len(self.launches)} launches", "", "", "", f"{self.flops:,}", f"{self.bytes:,}"))
         title = f"{self.title} on {self.backend.device}, {self.bytes_resident:,} bytes resident"
-        return "\n".join([title, *_table(rows)])
+        *lines, total = aligned(rows, 2)
+        return "\n".join([title, *lines, lines[1], total])
 
     def profile(self, repeats: int = 20) -> list[tuple[Launch, float]]:
         """Each launch with its median time in seconds; what the launches write is put back afterwards."""
@@ -222,10 +237,9 @@ def _shapes(buffers: tuple[Buffer, ...]) -> str:
     return " ".join("×".join(map(str, b.shape)) or "1" for b in buffers)
 
 
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], numbers: int) -> list[str]:
+    """The rows as lines, with a rule beneath the first; the last so many columns are set to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = len(widths) - 2
-    justify = [str.ljust] * numbers + [str.rjust] * 2
+    justify = [str.ljust] * (len(widths) - numbers) + [str.rjust] * numbers
     lines = ["  ".join(j(c, w) for j, c, w in zip(justify, r, widths, strict=True)) for r in rows]
-    rule = "  ".join("─" * w for w in widths)
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+    return [lines[0], "  ".join("─" * w for w in widths), *lines[1:]]

@@ -1,22 +1,49 @@
 """The scale of what each layer gives on to the next: measured, and set to 1 before training."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from gpubackprop import ops
 from gpubackprop.columns import Columns
+from gpubackprop.formulas import Activation
 from gpubackprop.fused import dense
 from gpubackprop.initializers import draw
 from gpubackprop.layers import Dense
-from gpubackprop.model import Layer, Mode, mode, observing, seed_or_fresh
+from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
+from gpubackprop.observe import observing
 from gpubackprop.tensor import Tensor
 
-__all__ = ["layer_stats", "lsuv"]
+__all__ = ["layer_stats", "lsuv", "showing"]
 
 Array = npt.NDArray[np.float64]
 TOLERANCE = 0.01  # of the variance; where the biases are zero the second trial is exact
 TRIALS = 10
+
+
+@dataclass(eq=False)
+class _Shown:
+    """Shows every call of a layer: what it is, what goes in, what comes out."""
+
+    look: Callable[[Layer, Tensor, Tensor], object]
+
+    def call(self, layer: Layer, x: Tensor) -> Tensor:
+        y = layer.forward(x)
+        self.look(layer, x, y)
+        return y
+
+    def activate(self, x: Tensor, row: Activation) -> Tensor:
+        with observing(None):
+            return ops.unary(x, row)
+
+
+def showing(look: Callable[[Layer, Tensor, Tensor], object]) -> AbstractContextManager[None]:
+    """Every layer called inside is shown with its x and its output, innermost first; what a plan records is not."""
+    return observing(_Shown(look))
 
 
 def layer_stats(model: Layer, x: Any) -> Columns:
@@ -27,12 +54,14 @@ def layer_stats(model: Layer, x: Any) -> Columns:
     """
     stats = Columns()
 
-    def look(path: str, layer: Layer, x: Tensor, y: Tensor) -> None:
-        if path or not layer.children():  # what the whole model gives, its last layer gave
+    def look(layer: Layer, x: Tensor, y: Tensor) -> None:
+        if layer is not model or not layer.children():  # what the whole model gives, its last layer gave
             outputs = y.numpy().astype(np.float64)
-            stats.add(layer=path, what=layer.describe(), mean=float(outputs.mean()), variance=float(outputs.var()))
+            stats.add(
+                layer=layer._path, what=layer.describe(), mean=float(outputs.mean()), variance=float(outputs.var())
+            )
 
-    with observing(look):
+    with showing(look):
         model(x)
     return stats
 
@@ -68,11 +97,11 @@ def _dense_layers(model: Layer, x: Any) -> list[tuple[str, Dense]]:
     """The Dense layers whose weight is trained, with their paths, in the order they are called; a shared one once."""
     found: dict[Any, tuple[str, Dense]] = {}
 
-    def look(path: str, layer: Layer, x: Tensor, y: Tensor) -> None:
+    def look(layer: Layer, x: Tensor, y: Tensor) -> None:
         if isinstance(layer, Dense) and layer.weight.stepped:
-            found.setdefault(layer.weight, (path, layer))
+            found.setdefault(layer.weight, (layer._path, layer))
 
-    with mode(Mode()), observing(look):
+    with mode(Mode()), showing(look):
         model(x)
     return list(found.values())
 
@@ -99,10 +128,10 @@ def _preactivations(model: Layer, x: Any, layer: Dense) -> Array:
     """x @ w + b of that layer, where it is first called."""
     seen: list[Array] = []
 
-    def look(_: str, called: Layer, x: Tensor, y: Tensor) -> None:
+    def look(called: Layer, x: Tensor, y: Tensor) -> None:
         if called is layer and not seen:
             seen.append(dense(x, layer.weight, layer.bias).numpy().astype(np.float64))
 
-    with mode(Mode()), observing(look):
+    with mode(Mode()), showing(look):
         model(x)
     return seen[0]

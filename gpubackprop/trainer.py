@@ -56,7 +56,7 @@ class TrainingDiverged(FloatingPointError):
         self.epoch, self.step, self.unapplied = epoch, step, unapplied
 
     def __str__(self) -> str:
-        remedy = "try a smaller learning rate or scaled inputs"
+        remedy = "try a smaller learning rate or scaled inputs; gb.find_nan names the launch it began with"
         if self.unapplied:
             what = (
                 f"no gradient of epoch {self.epoch} has a finite norm in {self.unapplied}, so that no step was applied"

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 LEVELS = [
     {"formulas", "checks", "columns"},
     {"backends"},
-    {"plan"},
+    {"plan", "observe"},
     {"backprop"},
     {"tensor", "operands", "shapes", "ops"},
     {"data", "fused", "gradients", "arena", "initializers", "schedules"},
@@ -27,7 +27,8 @@ LEVELS = [
     {"step", "progress", "checkpoint", "scaling"},
     {"room", "callbacks", "lbfgs"},
     {"trainer"},
-    {"range_test", "guessing"},
+    {"range_test", "guessing", "diagnostics"},
+    {"nan_search", "report"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline"},
     {"doctor"},

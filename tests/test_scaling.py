@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 import gpubackprop as gb
-from gpubackprop.model import observing
-from gpubackprop.scaling import TOLERANCE
+from gpubackprop.scaling import TOLERANCE, showing
 
 
 def nested(dtype="float32", activation="relu"):
@@ -29,12 +28,12 @@ def pre_activations(model, x):
     """x @ w + b of each Dense layer, by path."""
     seen = {}
 
-    def look(path, layer, x, y):
+    def look(layer, x, y):
         if isinstance(layer, gb.Dense):
             bias = 0 if layer.bias is None else layer.bias.numpy().astype(np.float64)
-            seen[path] = x.numpy().astype(np.float64) @ layer.weight.numpy() + bias
+            seen[layer._path] = x.numpy().astype(np.float64) @ layer.weight.numpy() + bias
 
-    with observing(look):
+    with showing(look):
         model(x)
     return seen
 
@@ -43,16 +42,15 @@ def pre_activations(model, x):
 
 
 def test_an_observer_sees_every_call_of_a_layer_and_no_other(rng):
-    """Innermost first; not what is called outside, nor what a replay runs."""
+    """Innermost first; not what is called outside, nor what a plan records or replays."""
     model, x, seen = nested().initialize(0), batch(rng), []
-    with observing(lambda path, layer, x, y: seen.append((path, layer, x.shape, y.shape))):
+    with showing(lambda layer, x, y: seen.append((layer._path, layer, x.shape, y.shape))):
         y = model(x)
         inside = len(seen)
-        model.predict(x[:4])
-        recorded = len(seen)
-        model.predict(x[:4])
+        watched = model.predict(x[:4])
     model(x)
-    assert inside == len(list(model.named_layers())) and recorded == 2 * inside == len(seen)
+    assert inside == len(list(model.named_layers())) == len(seen)
+    np.testing.assert_array_equal(watched, nested().initialize(0).predict(x[:4]))
     layers = dict(model.named_layers())
     assert all(layers[path] is layer for path, layer, *_ in seen)
     assert [path for path, *_ in seen[:inside]] == [
@@ -66,7 +64,7 @@ def test_layer_stats_are_those_of_the_outputs(rng):
     model, x = nested("float64").initialize(0), batch(rng)
     stats = gb.layer_stats(model, x)
     outputs = {}
-    with observing(lambda path, layer, x, y: outputs.update({path: y.numpy()})):
+    with showing(lambda layer, x, y: outputs.update({layer._path: y.numpy()})):
         model(x)
     outputs.pop("")
     assert stats["layer"] == list(outputs) and stats["what"][0] == "Dense(6, 16, relu)"

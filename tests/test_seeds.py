@@ -1,5 +1,7 @@
 """What the five seed documents state, row by row of the checklist, with its errata."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -646,3 +648,190 @@ def test_seed_32_a_grid_and_random_guesses_find_what_a_gradient_finds_sooner(rng
     assert guessed.evaluations == 200 and 1e-6 < guessed.best < np.median(guessed.losses) / 20
     assert trainer.evaluate(x, x @ w)["loss"] == guessed.best
     assert trainer.fit(x, x @ w, epochs=10)["loss"][-1] < 1e-12 < guessed.best
+
+
+# ---- rows 18, 19, 36, 37: seeing gradients -------------------------------------------------------------------------
+
+
+def test_seed_18_a_weights_gradient_is_tail_activation_times_head_delta(rng):
+    """For one sample a single product; for a batch their sum: to 1e-12 the stored gradient, for every weight."""
+    x, labels = rng.normal(size=(6, 4)), rng.integers(0, 3, 6)
+    trainer = gb.Trainer(gb.mlp([4, 5, 3], "sigmoid", dtype="float64"), seed=0, device="cpu")
+    w, v = (layer.weight.numpy() for layer in trainer.model.layers)
+    for rows in (1, 6):
+        z = sigmoid(x[:rows] @ w)
+        delta = (softmax(z @ v) - np.eye(3)[labels[:rows]]) / rows
+        deltas, tails = (z * (1 - z) * (delta @ v.T), delta), (x[:rows], z)
+        for layer, i, j in ((0, 2, 4), (0, 3, 0), (1, 0, 0), (1, 4, 2)):
+            told = gb.explain_weight(trainer, x[:rows], labels[:rows], layer, i, j)
+            np.testing.assert_allclose(told.tail, tails[layer][:, i], rtol=1e-12)
+            np.testing.assert_allclose(told.head, deltas[layer][:, j], rtol=1e-12)
+            assert abs(told.products.sum() - told.gradient) <= 1e-12
+            assert told.gradient == pytest.approx((told.tail * told.head).sum(), abs=1e-12)
+
+
+def test_seed_19_what_happens_to_the_cost_if_z_is_perturbed(rng):
+    """∂C/∂z_j = δ_j, against central differences of C over a perturbed pre-activation."""
+    x, t = rng.normal(size=(5, 4)), rng.random((5, 2))
+    model = gb.Sequential(gb.Dense(4, 3, "sigmoid"), gb.Dense(3, 2, "sigmoid"), dtype="float64")
+    trainer = gb.Trainer(model, "mse", seed=0, device="cpu")
+    (w, b), (v, c) = ((p.numpy(), q.numpy()) for p, q in parameters(model.layers))
+    first = x @ w + b
+    rest = {0: lambda z: gb.mse(gb.dense(gb.sigmoid(z), v, c, "sigmoid"), t), 1: lambda z: gb.mse(gb.sigmoid(z), t)}
+    for layer, z in enumerate((first, sigmoid(first) @ v + c)):
+        delta = gb.sensitivity(trainer, x, t, layer)
+        for at in np.ndindex(z.shape):
+            low, high = z.copy(), z.copy()
+            low[at] -= 1e-5
+            high[at] += 1e-5
+            numeric = (rest[layer](gb.tensor(high)).item() - rest[layer](gb.tensor(low)).item()) / 2e-5
+            assert delta[at] == pytest.approx(numeric, abs=1e-10)
+
+
+@pytest.mark.parametrize("units, verdict", [(1, "healthy"), (3, "healthy"), (10, "vanishing"), (20, "vanishing")])
+def test_seed_36_a_chain_of_sigmoid_units_shrinks_the_gradient_by_a_quarter_each(units, verdict):
+    """With w = 1 the gradient before L units is at most 0.25^L of that behind them: 9.54e-7 for ten."""
+    model = gb.Sequential(*(gb.Dense(1, 1, "sigmoid", init="ones") for _ in range(units)), dtype="float64")
+    x = np.linspace(-2, 2, 30).reshape(-1, 1)
+    report = gb.gradient_report(gb.Trainer(model, "mse", seed=0, device="cpu"), x, np.ones((30, 1)))
+    shares, bounds = np.array([row.share for row in report.layers]), 0.25 ** np.arange(units, 0, -1)
+    assert (shares <= bounds).all() and (shares > 0).all()
+    assert bounds[0] == pytest.approx(9.54e-7, abs=5e-10) or units != 10
+    assert report.verdict == report[0].verdict == verdict and report[units - 1].verdict == "healthy"
+    assert f"{verdict} (layers 0, 1, " in str(report) or verdict == "healthy"
+
+
+def test_seed_36_weights_that_are_too_large_explode(rng):
+    """Linear units with w = 3: the gradient behind L units is exactly 3^(L-1) times that at the last."""
+    model = gb.Sequential(*(gb.Dense(1, 1, init=3.0) for _ in range(10)), dtype="float64")
+    report = gb.gradient_report(
+        gb.Trainer(model, "mse", seed=0, device="cpu"), rng.normal(size=(30, 1)), rng.random((30, 1))
+    )
+    np.testing.assert_allclose([row.share for row in report.layers], 3.0 ** np.arange(9, -1, -1), rtol=1e-12)
+    assert [row.verdict for row in report.layers] == ["exploding"] * 3 + ["healthy"] * 7
+    assert report.verdict == "exploding"
+
+
+def test_seed_37_a_planted_dead_unit_is_named():
+    x, y = (a[:600] for a in gb.datasets.digits())
+    model = gb.mlp([64, 32, 32, 10], "relu")
+    trainer = gb.Trainer(model, seed=0, device="cpu")
+    before = gb.gradient_report(trainer, x, y)
+    alive = next(j for j in range(5, 32) if j not in before[1].dead)
+    state = model.state_dict()
+    state["1.bias"][alive] = -1e3
+    model.load_state_dict(state)
+    report = gb.gradient_report(trainer, x, y)
+    assert report[1].dead == tuple(sorted({*before[1].dead, alive})) and report[0].dead == before[0].dead
+    note = next(line for line in str(report).splitlines() if line.startswith("layer 1:"))
+    assert f"{len(report[1].dead)} of 32 units are dead" in note
+    assert str(alive) in note.split("row: ")[1].split(", ")
+
+
+def test_seed_37_no_false_alarm_on_a_healthy_network():
+    """A unit counts as dead only if it is off for every row: those of relu that are, found by hand, and no others."""
+    x, y = (a[:600] for a in gb.datasets.digits())
+    for seed in range(4):
+        trainer = gb.Trainer(gb.mlp([64, 32, 32, 10], "relu"), seed=seed, device="cpu")
+        trainer.fit(x, y, epochs=5, batch_size=64)
+        report, z = gb.gradient_report(trainer, x, y), x
+        for layer in (0, 1):
+            weight, bias = parameters(trainer.model.layers)[layer]
+            z = np.maximum(z @ weight.numpy() + bias.numpy(), 0)
+            assert report[layer].dead == tuple(np.flatnonzero((z == 0).all(0)))
+        assert report.verdict == "healthy"
+
+
+# ---- rows 24, 46, 47: curvature ------------------------------------------------------------------------------------
+
+
+def line(lr=0.05):
+    """The 7 points' line from (0, 0), trained by plain gradient descent on the MSE."""
+    model = gb.Sequential(gb.Dense(1, 1, init="zeros"), dtype="float64")
+    return gb.Trainer(model, "mse", gb.SGD(lr=lr), metrics=[], seed=0, device="cpu")
+
+
+def descended(trainer, steps):
+    """(m, b) after so many steps more, each over all 7 points: one epoch of the points again and again."""
+    x, y = gb.datasets.regression7()
+    trainer.fit(np.tile(x, (steps, 1)), np.tile(y, steps), epochs=1, batch_size=7, shuffle=False)
+    return np.concatenate([p.numpy().ravel() for p in trainer.model.named_parameters().values()])
+
+
+def hessian(function, inputs):
+    """The matrix of second derivatives, column by column."""
+    sizes = np.cumsum([a.size for a in inputs])
+    columns = []
+    for unit in np.eye(sizes[-1]):
+        v = [part.reshape(a.shape) for part, a in zip(np.split(unit, sizes[:-1]), inputs, strict=True)]
+        product = gb.hessian_vector_product(function, tuple(inputs), tuple(v))
+        columns.append(np.concatenate([p.ravel() for p in product]))
+    return np.stack(columns, 1)
+
+
+BEST_LINE = np.array([0.335593220339, 0.804721549637])
+
+
+def test_seed_24_the_curvature_of_the_line():
+    h = hessian(*gb.loss_of_weights(line(), *gb.datasets.regression7()))
+    low, high = np.linalg.eigvalsh(h)
+    assert high == pytest.approx(29.176128, abs=5e-7) and low == pytest.approx(0.0924435, abs=5e-8)
+    assert 2 / high == pytest.approx(0.0685492, abs=5e-8)
+
+
+def test_seed_24_gradient_descent_takes_2896_steps():
+    """At lr 0.05 from 0 until both m and b are within 1e-6 of the best line's."""
+    trainer = line()
+    assert np.abs(descended(trainer, 2895) - BEST_LINE).max() > 1e-6
+    assert np.abs(descended(trainer, 1) - BEST_LINE).max() <= 1e-6
+
+
+@pytest.mark.parametrize("lr, converges", [(0.0685, True), (0.0686, False)])
+def test_seed_24_too_high_a_rate_climbs(lr, converges):
+    """Along the Hessian's eigenvector the error is multiplied by 1 − lr λ at each step: the limit is 2 / 29.176128."""
+    values, vectors = np.linalg.eigh(hessian(*gb.loss_of_weights(line(), *gb.datasets.regression7())))
+    errors = vectors.T @ (descended(line(lr), 1500) - BEST_LINE)
+    expected = (1 - lr * values) ** 1500 * (vectors.T @ -BEST_LINE)
+    np.testing.assert_allclose(errors, expected, rtol=1e-8, atol=1e-11)
+    assert (abs(1 - lr * values[1]) < 1) == converges == (np.abs(errors[1]) < np.abs(vectors[:, 1] @ BEST_LINE))
+
+
+def test_seed_46_convex_and_saddle():
+    """Least squares curves upwards wherever one stands; x² − y² has a direction of each sign."""
+    x, y = gb.datasets.regression7()
+    function, _ = gb.loss_of_weights(line(), x, y)
+    for m, b in ((0.0, 0.0), (-3.0, 7.0), tuple(BEST_LINE)):
+        values = np.linalg.eigvalsh(hessian(function, (np.array([[m]]), np.array([b]))))
+        np.testing.assert_allclose(values, [0.0924435, 29.176128], rtol=1e-6)
+    saddle = hessian(lambda x, y: (x**2 - y**2).sum(), (np.zeros(1), np.zeros(1)))
+    np.testing.assert_allclose(saddle, np.diag([2.0, -2.0]), atol=1e-12)
+    up, down = (gb.hessian_vector_product(lambda p: p[0] ** 2 - p[1] ** 2, np.zeros(2), v) @ v for v in np.eye(2))
+    assert up > 0 > down
+
+
+def rosenbrock(x):
+    return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+
+
+def test_seed_47_the_gradient_of_rosenbrocks_function_is_exact(rng):
+    """∂f/∂x_i = 200 (x_i − x_{i−1}²) − 400 x_i (x_{i+1} − x_i²) − 2 (1 − x_i); of integers to the last bit."""
+
+    def exact(x):
+        g, valley = np.zeros_like(x), x[1:] - x[:-1] ** 2
+        g[1:] += 200 * valley
+        g[:-1] -= 400 * x[:-1] * valley + 2 * (1 - x[:-1])
+        return g
+
+    f = gb.value_and_grad(rosenbrock)
+    for x in ([1.0, 1.0], [0.0, 0.0], [-1.0, 2.0], [3.0, -2.0, 5.0, 1.0]):
+        value, gradient = f(x)
+        np.testing.assert_array_equal(gradient, exact(np.array(x)))
+        assert value == sum(100 * (b - a * a) ** 2 + (1 - a) ** 2 for a, b in pairwise(x))
+    assert f([1.0, 1.0])[0] == 0
+    value, gradient = f([-1.2, 1.0])
+    assert value == pytest.approx(24.2, rel=1e-14)
+    np.testing.assert_allclose(gradient, [-215.6, -88.0], rtol=1e-14)
+    x = rng.normal(size=50)
+    np.testing.assert_allclose(f(x)[1], exact(x), rtol=1e-12, atol=1e-12)
+    h = hessian(rosenbrock, (np.ones(2),))
+    np.testing.assert_allclose(h, [[802, -400], [-400, 200]], rtol=1e-8)

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from math import prod
 from operator import index
@@ -106,7 +107,7 @@ def _header(options):
     folder.mkdir(exist_ok=True)
     for name, content in (("emulation.h", text.encode()), ("emulation.h.gch", made.read_bytes())):
         if not (path := folder / name).exists():
-            (part := folder / f"{name}.{os.getpid()}").write_bytes(content)
+            (part := folder / f"{name}.{os.getpid()}.{threading.get_ident()}").write_bytes(content)
             os.replace(part, path)
     return folder / "emulation.h"
 
