@@ -6,7 +6,10 @@
 >>> history = trainer.fit(x, y, epochs=20, batch_size=64)
 """
 
-from gpubackprop import datasets, initializers, schedules
+from importlib import import_module
+from typing import Any
+
+from gpubackprop import datasets, initializers
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.callbacks import EarlyStopping
@@ -109,3 +112,9 @@ __all__ = [
     "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
     "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "schedules":  # loaded when first asked for
+        return import_module("gpubackprop.schedules")
+    raise AttributeError(f"module 'gpubackprop' has no attribute {name!r}")

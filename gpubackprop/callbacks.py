@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpubackprop.checks import flag, number, whole
-from gpubackprop.schedules import watched
+from gpubackprop.rates import watched
 from gpubackprop.step import Keeper
 
 __all__ = ["Callback", "EarlyStopping", "each"]

@@ -13,7 +13,7 @@ from gpubackprop.backends.base import CONTROL, Buffer, StepTable
 from gpubackprop.formulas import Expr, describe, evaluate, free_names, hoist
 from gpubackprop.optimizers import Optimizer
 from gpubackprop.plan import run
-from gpubackprop.schedules import History, rates
+from gpubackprop.rates import History, rates
 
 __all__ = ["HostMoments", "Moments", "columns_of", "values_of"]
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gpubackprop.arena import Arena
 from gpubackprop.checks import choice, flag, number, whole
 from gpubackprop.formulas import RULES, Rule
-from gpubackprop.schedules import Rate
+from gpubackprop.rates import Rate
 
 __all__ = [
     "LBFGS", "OPTIMIZERS", "SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "Nadam", "Optimizer",

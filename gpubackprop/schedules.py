@@ -5,7 +5,6 @@ table, so that recorded steps and CUDA graphs are replayed as ever.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,22 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import choice, flag, number, whole
+from gpubackprop.rates import History, watched
 
-__all__ = [
-    "Constant",
-    "Cosine",
-    "Exponential",
-    "OneCycle",
-    "Plateau",
-    "Polynomial",
-    "Rate",
-    "Schedule",
-    "Step",
-    "rates",
-]
+__all__ = ["Constant", "Cosine", "Exponential", "OneCycle", "Plateau", "Polynomial", "Schedule", "Step"]
 
 Floats = npt.NDArray[np.float64]
-History = Mapping[str, Sequence[float]]
 UNITS = ("updates", "epochs")
 
 
@@ -177,41 +165,3 @@ class Plateau(Schedule):
 
     def __call__(self, t: Any) -> Any:
         raise TypeError("Plateau: the rate depends on the history; it has no value at a number of updates")
-
-
-RISING = ("accuracy", "r2")  # figures that are better the larger they are
-
-
-def watched(history: History, monitor: str | None, where: str) -> tuple[str, list[float]]:
-    """The figure's name, and its value after each epoch, negative where larger is better; a NaN is the worst."""
-    key = monitor or ("val_loss" if "val_loss" in history else "loss")
-    if key not in history:
-        raise ValueError(f"{where}: unknown figure {key!r}; the history has {', '.join(history)}")
-    sign = -1 if key.removeprefix("val_") in RISING else 1
-    return key, [math.inf if math.isnan(v) else sign * v for v in history[key]]
-
-
-Rate = float | Schedule | Callable[[int], float]
-
-
-def rates(lr: Rate, updates: Floats, epoch: int, history: History) -> Floats:
-    """The learning rate of each of an epoch's updates, whose numbers count from 0: finite and not negative."""
-    if isinstance(lr, Schedule):
-        values = lr.rates(updates, epoch, history)
-    elif callable(lr):
-        values = np.array([_number(lr(int(t)), int(t)) for t in updates])
-    else:
-        return np.full(updates.shape, lr)
-    if not ((values >= 0) & (values < math.inf)).all():
-        at = int(np.argmin((values >= 0) & (values < math.inf)))
-        raise ValueError(f"learning rate: the schedule gives {values[at]} at update {int(updates[at])}; "
-                         f"expected a finite number >= 0")  # fmt: skip
-    return values
-
-
-def _number(value: Any, t: int) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        got = f"{type(value).__name__} {value!r}"
-        raise TypeError(f"learning rate: the schedule gives {got} at update {t}; expected a number") from None

@@ -29,8 +29,8 @@ from gpubackprop.penalty import Penalty, Strength
 from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.progress import Bar, Interrupts
+from gpubackprop.rates import rates
 from gpubackprop.room import explained
-from gpubackprop.schedules import rates
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
 

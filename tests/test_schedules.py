@@ -7,7 +7,7 @@ import pytest
 
 import gpubackprop as gb
 from gpubackprop import schedules as s
-from gpubackprop.schedules import rates
+from gpubackprop.rates import rates
 
 T = np.arange(0, 40, dtype=np.float64)
 
