@@ -21,6 +21,7 @@ from gpubackprop.fused import (
     half_mse,
     layer_norm,
     mse,
+    noise,
     softmax_cross_entropy,
     sse,
 )
@@ -30,6 +31,7 @@ from gpubackprop.layers import (
     BatchNorm,
     Dense,
     Dropout,
+    InputNoise,
     LayerNorm,
     Residual,
     Scaler,
@@ -92,12 +94,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LBFGS", "SGD", "Activation", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "BatchNorm", "Dense", "Dropout",
-    "EarlyStopping", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan", "RAdam", "RMSprop",
-    "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add", "batch_norm",
+    "EarlyStopping", "InputNoise", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan", "RAdam",
+    "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add", "batch_norm",
     "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide", "dropout", "exp",
     "expm1", "gather", "get_backend", "gradcheck", "half_mse", "layer_norm", "load_model", "log", "log1p",
     "log_softmax", "logsumexp", "lr_range_test", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse",
-    "multiply", "neg", "power", "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid", "sin",
-    "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
+    "multiply", "neg", "noise", "power", "register_activation", "relu", "reshape", "save_model", "schedules", "sigmoid",
+    "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
     "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip

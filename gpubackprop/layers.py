@@ -1,5 +1,6 @@
 """The layers: each declares its parameters and writes its forward in operations; none writes a backward."""
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,8 +20,8 @@ from gpubackprop.plan import run
 from gpubackprop.tensor import Tensor
 
 __all__ = [
-    "CLASSES", "Activation", "BatchNorm", "Dense", "Dropout", "Layer", "LayerNorm", "Residual", "Scaler", "Sequential",
-    "mlp",
+    "CLASSES", "Activation", "BatchNorm", "Dense", "Dropout", "InputNoise", "Layer", "LayerNorm", "Residual", "Scaler",
+    "Sequential", "mlp",
 ]  # fmt: skip
 
 
@@ -79,8 +80,26 @@ class Dropout(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         mode = current_mode()
-        site = zlib.crc32(self._path.encode()) >> 2  # the top two bits of a site name the lane of a draw
-        return fused.dropout(x, self.rate, mode.seed, site, mode.step) if mode.training else x
+        return fused.dropout(x, self.rate, mode.seed, _site(self._path), mode.step) if mode.training else x
+
+
+def _site(path: str) -> int:
+    """What the draws of the layer there are keyed by; the top two bits of a site name the lane of a draw."""
+    return zlib.crc32(path.encode()) >> 2
+
+
+class InputNoise(Layer):
+    """In training x + sigma · N(0, 1), drawn anew at each step; in inference x. For a linear model the expected squared
+    error is that without noise and sigma² ‖weight‖² per output (Bishop, "Training with Noise is Equivalent to Tikhonov
+    Regularization")."""
+
+    def __init__(self, sigma: float) -> None:
+        _check("InputNoise", "sigma", sigma, lambda v: 0 <= v < math.inf, "in [0, inf)")
+        self.sigma = sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        mode = current_mode()
+        return fused.noise(x, self.sigma, mode.seed, _site(self._path), mode.step) if mode.training else x
 
 
 class LayerNorm(Layer):

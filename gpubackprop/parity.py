@@ -348,6 +348,12 @@ def _dropout(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     return g.back.dropout(g.normal(rows, columns), 0.5, 7, 3, g.table({}), out), {"out": out}
 
 
+@_case("noise", FUNCTION)
+def _noise(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+    out = g.blank(rows, columns)
+    return g.back.noise(g.normal(rows, columns), 0.5, 7, 3, g.table({}), out), {"out": out}
+
+
 @_case("dropout, added", EXACT)
 def _dropout_added(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     out = g.normal(rows, columns)
