@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from numbers import Real
@@ -14,9 +14,10 @@ import numpy.typing as npt
 from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
 from gpubackprop.data import as_features
+from gpubackprop.formulas import CONSTRAINTS, Constraint
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
 from gpubackprop.operands import graph
-from gpubackprop.plan import run
+from gpubackprop.plan import empty, release, run
 from gpubackprop.tensor import Tensor
 
 __all__ = [
@@ -34,14 +35,19 @@ class Dense(Layer):
     """y = activation(x @ weight + bias), weight (inputs, units), bias (units,).
 
     `init` is an initializer's name, a number, an array or a callable (shape, generator) -> array; by default Glorot's
-    for identity, sigmoid and tanh, LeCun's for selu, else He's.
+    for identity, sigmoid and tanh, LeCun's for selu, else He's. With `max_norm` c, every update leaves the weights into
+    a unit, a column, no longer than c: w *= min(1, c / ‖w‖) (Srivastava et al., "Dropout: A Simple Way to Prevent
+    Neural Networks from Overfitting"); weights that were drawn or loaded are as they are until then.
     """
 
     def __init__(
         self, inputs: int, units: int, activation: str = "identity", bias: bool = True, init: Any = None,
-        bias_init: Any = "zeros",
+        bias_init: Any = "zeros", max_norm: float | None = None,
     ) -> None:  # fmt: skip
         fused.activation_row(activation)
+        if max_norm is not None:
+            _check("Dense", "max_norm", max_norm, lambda v: 0 < v < math.inf, "in (0, inf)")
+        self.max_norm = max_norm
         self.inputs = inputs
         self.activation = activation
         self.weight = Parameter(
@@ -51,6 +57,23 @@ class Dense(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.dense(x, self.weight, self.bias, self.activation)
+
+    def constrain(self) -> Iterable[Parameter]:
+        if self.max_norm is None or not self.weight.stepped:
+            return ()
+        _constrain(self.weight, CONSTRAINTS["max_norm"], self.max_norm)
+        return (self.weight,)
+
+
+def _constrain(p: Parameter, row: Constraint, c: float) -> None:
+    back, w = p.backend, p.master
+    each, n = empty(back, w.shape, w.dtype), empty(back, w.shape[1:], w.dtype)
+    limit = back.asarray(np.array([c], w.dtype))
+    measure, value = graph(f"each = {row.measure}"), graph(f"w = {row.value}")
+    run(n, lambda: back.elementwise_columns(f"{row.name} columns", measure, {"w": w}, each, n))
+    run(w, lambda: back.elementwise(row.name, value, {"w": w, "n": n, "c": limit}, {"w": w}))
+    release(each)
+    release(n)
 
 
 def _check(where: str, key: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:

@@ -13,12 +13,14 @@ from gpubackprop.backends.base import Backend, Buffer, Graph, Launch, StepTable,
 from gpubackprop.formulas import (
     ACTIVATIONS,
     BINARY,
+    CONSTRAINTS,
     LOSSES,
     RESULT,
     RULES,
     UNARY,
     Activation,
     Binary,
+    Constraint,
     Expr,
     Loss,
     Rule,
@@ -179,6 +181,7 @@ def cases() -> tuple[Case, ...]:
         *(case for row in UNARY.values() for case in _unary(row)),
         *(case for row in BINARY.values() for case in _binary(row)),
         *(_loss(row) for row in LOSSES.values()),
+        *(case for row in CONSTRAINTS.values() for case in _constraint(row)),
         *(case for row in RULES.values() for case in _rule(row)),
         *_WRITTEN,
         *(_reduction(kind, axes, of) for kind in ("sum", "mean", "max", "min") for axes, of in _AXES.items()),
@@ -247,6 +250,20 @@ def _binary(row: Binary) -> list[Case]:
         _map(f"{row.name} backward", {"da": da, "db": db}, _full, extremes=False),
         _map(f"{row.name} broadcast", {"y": forward}, shapes, extremes=False),
     ]
+
+
+def _constraint(row: Constraint) -> list[Case]:
+    measure, value = (parse(text)[RESULT] for text in (row.measure, row.value))
+
+    def bind(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+        w, each, sums = g.normal(rows, columns), g.blank(rows, columns), g.blank(columns, dtype=g.wide)
+        launch = g.back.elementwise_columns(f"{row.name} columns", {"each": measure}, {"w": w}, each, sums)
+        return launch, {"each": each, "sums": sums}
+
+    def shapes(key: str, rows: int, columns: int) -> tuple[int, ...]:
+        return {"w": (rows, columns), "n": (columns,), "c": (1,)}[key]
+
+    return [Case(f"{row.name} columns", bind, SUM), _map(row.name, {"w": value}, shapes, extremes=False)]
 
 
 def _loss(row: Loss) -> Case:

@@ -640,6 +640,7 @@ BAD_LAYERS = {
     "nan rate": (lambda: gb.Dropout(float("nan")), ValueError, r"rate nan is not in \[0, 1\)"),
     "sigma": (lambda: gb.InputNoise(-1), ValueError, r"InputNoise: sigma -1 is not in \[0, inf\)"),
     "infinite sigma": (lambda: gb.InputNoise(math.inf), ValueError, r"InputNoise: sigma inf is not in \[0, inf\)"),
+    "max_norm": (lambda: gb.Dense(2, 2, max_norm=0), ValueError, r"Dense: max_norm 0 is not in \(0, inf\)"),
     "momentum": (lambda: gb.BatchNorm(2, momentum=0), ValueError, r"momentum 0 is not in \(0, 1\]"),
     "init": (lambda: gb.Dense(2, 2, init="glorot").initialize(0), ValueError, "unknown initializer 'glorot'.*he_norm"),
     "init shape": (
@@ -886,6 +887,7 @@ def test_a_dropped_model_is_freed_without_the_collector():
     (lambda: gb.BatchNorm(3, eps=-1), "BatchNorm: eps -1 is not positive"),
     (lambda: gb.LayerNorm(3, eps=0), "LayerNorm: eps 0 is not positive"),
     (lambda: gb.Dropout("a"), "Dropout: rate must be a number, got str 'a'"),
+    (lambda: gb.Dense(2, 2, max_norm="a"), "Dense: max_norm must be a number, got str 'a'"),
     (lambda: gb.InputNoise(True), "InputNoise: sigma must be a number, got bool True"),
     (lambda: gb.mlp([3, 4], dtype="float16"), "Sequential: dtype float16 is not supported; choose from float32"),
     (lambda: gb.mlp([3, 4], dtype="foo"), "Sequential: dtype foo is not supported"),

@@ -24,7 +24,7 @@ MODELS = {
     "residual": lambda **d: gb.Sequential(
         gb.Scaler(6), gb.InputNoise(0.1), gb.Dense(6, 8, activation="tanh"),
         gb.Residual(gb.Dense(8, 8, activation="elu"), gb.Dropout(0.2)),
-        gb.Dense(8, 4), **d),
+        gb.Dense(8, 4, max_norm=1.0), **d),
 }  # fmt: skip
 OPTIMIZERS = {
     "sgd": gb.SGD(lr=0.05), "momentum": gb.SGD(lr=0.02, momentum=0.9),
