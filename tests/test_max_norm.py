@@ -114,6 +114,14 @@ def test_a_shared_layer_is_bounded_once_and_a_frozen_one_never(data):
     np.testing.assert_array_equal(model.state_dict()["2.weight"], before)
 
 
+def test_lbfgs_knows_no_bounds(data):
+    trainer = gb.Trainer(network(), optimizer=gb.LBFGS(), seed=0)
+    before = trainer.model.state_dict()
+    with pytest.raises(ValueError, match="LBFGS searches without bounds, but layer '0' has them; leave out max_norm"):
+        trainer.fit(*data, epochs=1)
+    assert all((before[k] == w).all() for k, w in trainer.model.state_dict().items())
+
+
 class Floored(gb.Dense):
     """Weights that are ½ at least."""
 
