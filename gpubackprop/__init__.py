@@ -24,6 +24,7 @@ from gpubackprop.fused import (
     half_mse,
     layer_norm,
     mse,
+    noise,
     softmax_cross_entropy,
     sse,
 )
@@ -36,6 +37,7 @@ from gpubackprop.layers import (
     Concatenate,
     Dense,
     Dropout,
+    InputNoise,
     LayerNorm,
     Residual,
     Scaler,
@@ -101,13 +103,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LBFGS", "SGD", "Activation", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "BatchNorm", "Concatenate", "Dense",
-    "Dropout", "EarlyStopping", "KFold", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter", "Plan",
-    "RAdam", "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs", "add",
-    "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
+    "Dropout", "EarlyStopping", "InputNoise", "KFold", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter",
+    "Plan", "RAdam", "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs",
+    "add", "batch_norm", "bce_with_logits", "broadcast_to", "clip", "concatenate", "cos", "datasets", "dense", "divide",
     "dropout", "exp", "explain_weight", "expm1", "find_nan", "gather", "get_backend", "gradcheck", "gradient_report",
     "grid_points", "grid_search", "half_mse", "hessian_vector_product", "initializers", "layer_norm", "layer_stats",
     "learning_curve", "load_model", "log", "log1p", "log_softmax", "logsumexp", "loss_of_weights", "lr_range_test",
-    "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "power",
+    "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "noise", "power",
     "random_search", "register_activation", "relu", "reshape", "save_model", "schedules", "sensitivity", "sigmoid",
     "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
     "training", "transpose", "value_and_grad", "where",

@@ -16,6 +16,7 @@ from typing import Any
 __all__ = [
     "ACTIVATIONS",
     "BINARY",
+    "CONSTRAINTS",
     "LOSSES",
     "PASSES",
     "PENALTIES",
@@ -179,6 +180,20 @@ PENALTIES: dict[str, Penalty] = _rows(
     Penalty("elastic_net", "l1 * abs(p) + 0.5 * l2 * (p * p)",
                            "where(p > 0, l1, where(p < 0, -l1, 0)) + l2 * p"),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a weight w becomes after an update, where n is the sum of `measure` over its column, and c a number."""
+
+    name: str
+    measure: str
+    value: str
+
+
+CONSTRAINTS: dict[str, Constraint] = _rows(
+    Constraint("max_norm", "w * w", "where(n > c * c, w * (c / sqrt(n)), w)"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Operations with kernels of their own: dense, the losses, dropout, layer and batch normalisation."""
+"""Operations with kernels of their own: dense, the losses, dropout and noise, layer and batch normalisation."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from gpubackprop.tensor import Tensor
 
 __all__ = [
     "activation_row", "batch_norm", "bce_with_logits", "dense", "dense_graph", "dropout", "elementwise_loss_step",
-    "half_mse", "layer_norm", "mse", "softmax_cross_entropy", "softmax_cross_entropy_step", "sse",
+    "half_mse", "layer_norm", "mse", "noise", "softmax_cross_entropy", "softmax_cross_entropy_step", "sse",
 ]  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def _loss_graphs(row: Loss, dy: str = "dy") -> tuple[Graph, Graph]:
 mse, half_mse, sse, bce_with_logits = map(_elementwise_loss, _ELEMENTWISE)
 
 
-# ---- dropout and normalisation -------------------------------------------------------------------------------------
+# ---- draws and normalisation ---------------------------------------------------------------------------------------
 
 
 def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable | int = 0) -> Tensor:
@@ -269,6 +269,23 @@ def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable |
         grads.write(x, lambda dx, accumulate: x.backend.dropout(dy, rate, seed, site, step, dx, accumulate=accumulate))
 
     return result(y, (x,), backprop)
+
+
+def noise(x: Any, sigma: float, seed: int = 0, site: int = 0, step: StepTable | int = 0) -> Tensor:
+    """x + sigma · N(0, 1), whose gradient is dy: the draw depends on seed, site, step and position alone.
+
+    It is noisy whenever it is called; `gb.InputNoise` is the layer that is in training only, anew at each step.
+    """
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"noise: sigma {sigma} is not in [0, inf)")
+    if not 0 <= site < 2**30:
+        raise ValueError(f"noise: site {site} is not in [0, 2^30)")
+    (x,) = tensors = operands("noise", x)
+    if sigma == 0:
+        return tensors[0]
+    y = empty(x.backend, x.shape, x.dtype)
+    run(y, lambda: x.backend.noise(x.data, sigma, seed, site, step, y))
+    return result(y, (x,), lambda dy, grads: grads.hand_on(x, dy))
 
 
 def layer_norm(x: Any, gain: Any, bias: Any, eps: float = 1e-5) -> Tensor:

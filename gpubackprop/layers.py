@@ -1,7 +1,8 @@
 """The layers: each declares its parameters and writes its forward in operations; none writes a backward."""
 
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from numbers import Real
@@ -13,15 +14,16 @@ import numpy.typing as npt
 from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
 from gpubackprop.data import as_features
+from gpubackprop.formulas import CONSTRAINTS, Constraint
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
 from gpubackprop.operands import graph
-from gpubackprop.plan import run
+from gpubackprop.plan import empty, release, run
 from gpubackprop.shapes import concatenate
 from gpubackprop.tensor import Tensor
 
 __all__ = [
-    "CLASSES", "Activation", "BatchNorm", "Concatenate", "Dense", "Dropout", "Layer", "LayerNorm", "Residual",
-    "Scaler", "Sequential", "mlp",
+    "CLASSES", "Activation", "BatchNorm", "Concatenate", "Dense", "Dropout", "InputNoise", "Layer", "LayerNorm",
+    "Residual", "Scaler", "Sequential", "mlp",
 ]  # fmt: skip
 
 
@@ -37,14 +39,19 @@ class Dense(Layer):
     for identity, sigmoid and tanh, LeCun's for selu, else He's.
 
     `mask` (inputs, units) of bools or 0 and 1 says which edges there are: a weight without one is exactly 0 and stays
-    so under every optimizer. It is saved with the model.
+    so under every optimizer. It is saved with the model. With `max_norm` c, every update leaves the weights into a
+    unit, a column, no longer than c: w *= min(1, c / ‖w‖) (Srivastava et al., "Dropout: A Simple Way to Prevent Neural
+    Networks from Overfitting"); weights that were drawn or loaded are as they are until then.
     """
 
     def __init__(
         self, inputs: int, units: int, activation: str = "identity", bias: bool = True, init: Any = None,
-        bias_init: Any = "zeros", mask: Any = None,
+        bias_init: Any = "zeros", mask: Any = None, max_norm: float | None = None,
     ) -> None:  # fmt: skip
         fused.activation_row(activation)
+        if max_norm is not None:
+            _check("Dense", "max_norm", max_norm, lambda v: 0 < v < math.inf, "in (0, inf)")
+        self.max_norm = max_norm
         self.inputs = inputs
         self.activation = activation
         self.weight = Parameter(
@@ -74,6 +81,23 @@ def _edges(mask: Any, shape: tuple[int, ...]) -> Any:
         raise ValueError("Dense: mask has other values than 0 and 1; pass bools, True where there is an edge")
     return edges.astype(np.float64)
 
+    def constrain(self) -> Iterable[Parameter]:
+        if self.max_norm is None or not self.weight.stepped:
+            return ()
+        _constrain(self.weight, CONSTRAINTS["max_norm"], self.max_norm)
+        return (self.weight,)
+
+
+def _constrain(p: Parameter, row: Constraint, c: float) -> None:
+    back, w = p.backend, p.master
+    each, n = empty(back, w.shape, w.dtype), empty(back, w.shape[1:], w.dtype)
+    limit = back.asarray(np.array([c], w.dtype))
+    measure, value = graph(f"each = {row.measure}"), graph(f"w = {row.value}")
+    run(n, lambda: back.elementwise_columns(f"{row.name} columns", measure, {"w": w}, each, n))
+    run(w, lambda: back.elementwise(row.name, value, {"w": w, "n": n, "c": limit}, {"w": w}))
+    release(each)
+    release(n)
+
 
 def _check(where: str, key: str, value: Any, holds: Callable[[Any], bool], wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -102,8 +126,26 @@ class Dropout(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         mode = current_mode()
-        site = zlib.crc32(self._path.encode()) >> 2  # the top two bits of a site name the lane of a draw
-        return fused.dropout(x, self.rate, mode.seed, site, mode.step) if mode.training else x
+        return fused.dropout(x, self.rate, mode.seed, _site(self._path), mode.step) if mode.training else x
+
+
+def _site(path: str) -> int:
+    """What the draws of the layer there are keyed by; the top two bits of a site name the lane of a draw."""
+    return zlib.crc32(path.encode()) >> 2
+
+
+class InputNoise(Layer):
+    """In training x + sigma · N(0, 1), drawn anew at each step; in inference x. For a linear model the expected squared
+    error is that without noise and sigma² ‖weight‖² per output (Bishop, "Training with Noise is Equivalent to Tikhonov
+    Regularization")."""
+
+    def __init__(self, sigma: float) -> None:
+        _check("InputNoise", "sigma", sigma, lambda v: 0 <= v < math.inf, "in [0, inf)")
+        self.sigma = sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        mode = current_mode()
+        return fused.noise(x, self.sigma, mode.seed, _site(self._path), mode.step) if mode.training else x
 
 
 class LayerNorm(Layer):

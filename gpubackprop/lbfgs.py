@@ -11,6 +11,7 @@ import numpy.typing as npt
 from gpubackprop.arena import Arena
 from gpubackprop.moments import Moments
 from gpubackprop.optimizers import LBFGS
+from gpubackprop.plan import Plan
 from gpubackprop.step import Step
 
 __all__ = ["Curvature", "SearchStep"]
@@ -72,6 +73,7 @@ class SearchStep(Step):
 
     def run(self, first: bool = True, last: bool = True) -> None:
         if not self._ready:
+            self._refuse_bounds()
             self._ready[True, True] = self._record(True, True)
             self._here = None
         weights, self._last = self._read(self.model.arena.weights), None
@@ -94,6 +96,14 @@ class SearchStep(Step):
         found = strong_wolfe(at, start, self.state.search.lr * first_length, self.state.search.evaluations)
         self.state.learn(found.weights - here.weights, found.gradient - here.gradient)
         self._end(here, found)
+
+    def _refuse_bounds(self) -> None:
+        asked = Plan(self.backend, dry=True)
+        with asked.record("update"):
+            self._constrain()
+        if asked.launches:
+            raise ValueError(f"Trainer: LBFGS searches without bounds, but layer {asked.launches[0].layer!r} has them; "
+                             "leave out max_norm, or choose another optimizer")  # fmt: skip
 
     def _end(self, begun: Point, found: Point) -> None:
         """Stand at the point; the search is over where it is where it began."""

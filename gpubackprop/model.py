@@ -111,6 +111,11 @@ class Layer:
         """The layer's output; subclasses write it."""
         raise TypeError(f"{type(self).__name__} has no forward(x); write one that returns a tensor")
 
+    def constrain(self) -> Iterable[Parameter]:
+        """Bind launches that follow every update of the weights, and return the parameters whose master they write;
+        a layer that bounds its weights writes it."""
+        return ()
+
     def __call__(self, x: Any) -> Tensor:
         if not self._bound:
             self._own()

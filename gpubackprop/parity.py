@@ -13,6 +13,7 @@ from gpubackprop.backends.base import Backend, Buffer, Graph, Launch, StepTable,
 from gpubackprop.formulas import (
     ACTIVATIONS,
     BINARY,
+    CONSTRAINTS,
     LOSSES,
     PASSES,
     PENALTIES,
@@ -21,6 +22,7 @@ from gpubackprop.formulas import (
     UNARY,
     Activation,
     Binary,
+    Constraint,
     Expr,
     Loss,
     Pass,
@@ -185,6 +187,7 @@ def cases() -> tuple[Case, ...]:
         *(_loss(row) for row in LOSSES.values()),
         *(_map(row.name, row.graph(), partial(_pass_shape, row)) for row in PASSES.values()),
         *(_penalty(row) for row in PENALTIES.values()),
+        *(case for row in CONSTRAINTS.values() for case in _constraint(row)),
         *(case for row in RULES.values() for case in _rule(row)),
         *_WRITTEN,
         *(_reduction(kind, axes, of) for kind in ("sum", "mean", "max", "min") for axes, of in _AXES.items()),
@@ -253,6 +256,20 @@ def _binary(row: Binary) -> list[Case]:
         _map(f"{row.name} backward", {"da": da, "db": db}, _full, extremes=False),
         _map(f"{row.name} broadcast", {"y": forward}, shapes, extremes=False),
     ]
+
+
+def _constraint(row: Constraint) -> list[Case]:
+    measure, value = (parse(text)[RESULT] for text in (row.measure, row.value))
+
+    def bind(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+        w, each, sums = g.normal(rows, columns), g.blank(rows, columns), g.blank(columns, dtype=g.wide)
+        launch = g.back.elementwise_columns(f"{row.name} columns", {"each": measure}, {"w": w}, each, sums)
+        return launch, {"each": each, "sums": sums}
+
+    def shapes(key: str, rows: int, columns: int) -> tuple[int, ...]:
+        return {"w": (rows, columns), "n": (columns,), "c": (1,)}[key]
+
+    return [Case(f"{row.name} columns", bind, SUM), _map(row.name, {"w": value}, shapes, extremes=False)]
 
 
 def _loss(row: Loss) -> Case:
@@ -370,6 +387,12 @@ def _top1(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
 def _dropout(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     out = g.blank(rows, columns)
     return g.back.dropout(g.normal(rows, columns), 0.5, 7, 3, g.table({}), out), {"out": out}
+
+
+@_case("noise", FUNCTION)
+def _noise(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+    out = g.blank(rows, columns)
+    return g.back.noise(g.normal(rows, columns), 0.5, 7, 3, g.table({}), out), {"out": out}
 
 
 @_case("dropout, added", EXACT)

@@ -22,6 +22,7 @@ FLOORS: dict[str, int] = {
     "softmax_cross_entropy": 2,  # logits, their gradient
     **dict.fromkeys(("sse", *LOSSES), 3),  # output, target, the output's gradient
     "dropout": 2,  # the mask is drawn again, not kept
+    "noise": 2,
     "normalize": 2,
     "normalize_backward": 3,  # dy, x, dx; x̂ is computed again
     "gradient norm": 1,

@@ -18,7 +18,7 @@ from gpubackprop.metrics import Metric
 from gpubackprop.model import Layer, training
 from gpubackprop.moments import Moments
 from gpubackprop.penalty import Penalty
-from gpubackprop.plan import Plan, run
+from gpubackprop.plan import Plan, run, within
 from gpubackprop.precision import Precision
 from gpubackprop.tensor import Tensor
 
@@ -239,6 +239,16 @@ class Step:
             clipped, what = PASSES["clip_value"].graph(), f"g within ±{limit:g}"
             run(g, lambda: back.elementwise("clip value", clipped, reads, {"g": g}, what=what))
         self._rule()
+        self._constrain()
+
+    def _constrain(self) -> None:
+        """What layers want of their weights after an update, and of the copies that are computed with."""
+        with lowered(self.model, self.terms.precision.dtype):
+            for layer in dict.fromkeys(layer for _, layer in self.model.named_layers()):
+                with within(layer._path):
+                    for p in layer.constrain():
+                        if self.terms.precision.mixed:
+                            run(p.data, lambda p=p: self.backend.copy(p.master, p.data))  # type: ignore[misc]
 
     def _rule(self, *, before: bool = False) -> None:
         precision = self.terms.precision

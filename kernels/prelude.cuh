@@ -153,6 +153,14 @@ DEVICE Block draw(Long seed, Word site, Word step, Long block) {
     return philox4x32({{Word(block), Word(block >> 32), step, site}}, Word(seed), Word(seed >> 32));
 }
 
+// Lanes, added to the site: the low words of the uniforms of float64; the second uniform of a normal number.
+[[maybe_unused]] constexpr Word LOW = 1u << 31, SECOND = 1u << 30;
+[[maybe_unused]] constexpr R TURN = R(0x1.921fb54442d18p2);  // 2π
+
+// A uniform number in [0, 1), from its word or words: k / 2^24 and k / 2^53.
+DEVICE float uniform(Word word) { return float(word >> 8) * 0x1p-24f; }
+DEVICE double uniform(Word high, Word low) { return double((Long(high) << 32 | low) >> 11) * 0x1p-53; }
+
 }  // namespace gpubackprop
 
 #endif

@@ -109,14 +109,13 @@ DEVICE R sine(Angle x) {
     return x.quadrant & 2 ? -y : y;
 }
 
+DEVICE R cosine(Angle x) { return sine({x.r, x.quadrant + 1}); }
+
 DEVICE R sin(R x) {
     const R y = sine(angle(abs(x)));
     return bits(x) >> (WORD - 1) ? -y : y;
 }
-DEVICE R cos(R x) {
-    const Angle from_sine = angle(abs(x));
-    return sine({from_sine.r, from_sine.quadrant + 1});
-}
+DEVICE R cos(R x) { return cosine(angle(abs(x))); }
 
 }  // namespace gpubackprop
 

@@ -640,6 +640,22 @@ def test_dropout_of_infinity_is_zero_not_nan(back):
     assert set(back.to_numpy(out).tolist()) == {0.0, np.inf}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_is_what_philox_draws(dtype, back, rng):
+    """Its normal numbers are within 4 ulp on every backend, so two of them within 8."""
+    x, sigma, real = drawn(rng, (40, 25), dtype), 0.75, arithmetic(dtype).type
+    out, a, seed = junk(back, x.shape, dtype), put(back, x), (7 << 64) + (1 << 63) + 11
+    back.noise(a, sigma, seed, 5, 3, out).run()
+    normal = Draws(x.size, real).normal(seed % 2**64, 5, 3).reshape(x.shape)
+    got, expected = wide(back.to_numpy(out)), wide(x.astype(real) + real(sigma) * normal)
+    slack = 8 * sigma * np.spacing(np.abs(normal)) + np.spacing(np.abs(expected).astype(real))
+    narrow = 0.5001 * wide(np.spacing(np.abs(expected).astype(dtype))) * (np.dtype(dtype).itemsize == 2)
+    assert (np.abs(got - expected) <= slack + narrow).all()
+    other = junk(back, x.shape, dtype)
+    back.noise(a, sigma, seed, 5, 4, other).run()
+    assert (wide(back.to_numpy(other)) != got).mean() > 0.9
+
+
 # ---- the step table and what follows it ----------------------------------------------------------------------------
 
 
@@ -681,13 +697,16 @@ def test_a_table_takes_as_many_rows_as_it_has_room_for(back):
 
 def test_the_table_counts_steps_over_the_whole_training(back):
     steps, x, out = step_table(back, ["lr"], [1, 1, 1], first=41), put(back, np.ones(64)), junk(back, 64)
-    launch, advance, seen = back.dropout(x, 0.5, 1, 2, steps, out), back.advance(steps), []
+    noisy, normal, advance, seen = junk(back, 64), Draws(64, "d").normal, back.advance(steps), []
+    launches = back.dropout(x, 0.5, 1, 2, steps, out), back.noise(x, 0.5, 1, 2, steps, noisy)
     for _ in range(3):
-        launch.run()
-        seen.append(back.to_numpy(out))
+        for launch in launches:
+            launch.run()
+        seen.append((back.to_numpy(out), back.to_numpy(noisy)))
         advance.run()
-    for step, value in zip((41, 42, 43), seen, strict=True):
-        np.testing.assert_array_equal(value != 0, Draws(64).bernoulli(0.5, 1, 2, step))
+    for step, (dropped, noise) in zip((41, 42, 43), seen, strict=True):
+        np.testing.assert_array_equal(dropped != 0, Draws(64).bernoulli(0.5, 1, 2, step))
+        np.testing.assert_allclose(noise, 1 + 0.5 * normal(1, 2, step), rtol=1e-14)
 
 
 ADAM = "m += a * (g - m)\nv += b * (g * g - v)\np -= lr * m / (sqrt(v) + eps)"
@@ -883,6 +902,7 @@ def launches(back, rng):
         "normalize_backward": back.normalize_backward(
             x, y, gain, column[0], of(64), 0, of(500, 64), column[1], column[2], (True,) * 3),
         "dropout": back.dropout(x, 0.5, 1, 2, steps, y, accumulate=True),
+        "noise": back.noise(x, 0.5, 1, 2, steps, y),
         "accumulate_loss": back.accumulate_loss(total, steps, tally),
         "advance": back.advance(steps),
     }  # fmt: skip

@@ -77,9 +77,10 @@ MODELS = {
     "dtype class": lambda: gb.mlp([4, 3], dtype=np.float64),
     "dtype object": lambda: gb.Sequential(gb.Dense(4, 3), dtype=np.dtype("float64")),
     "every layer": lambda: gb.Sequential(
-        gb.Scaler(4), gb.Residual(gb.Dense(4, 4), gb.LayerNorm(4, eps=1e-3)), gb.BatchNorm(4, momentum=0.5),
-        Activation("silu"), gb.Dropout(0.5), gb.Concatenate(gb.Dense(4, 1), gb.Sequential(gb.Dense(4, 3))),
-        gb.Dense(4, 2, bias=False), gb.Scaler(2, inverse=True)),
+        gb.Scaler(4), gb.InputNoise(0.1), gb.Residual(gb.Dense(4, 4), gb.LayerNorm(4, eps=1e-3)),
+        gb.BatchNorm(4, momentum=0.5), Activation("silu"), gb.Dropout(0.5),
+        gb.Concatenate(gb.Dense(4, 1), gb.Sequential(gb.Dense(4, 3))), gb.Dense(4, 2, bias=False),
+        gb.Scaler(2, inverse=True)),
     "shared": lambda: gb.Sequential(shared, gb.Dense(4, 4), shared),
     "one dense": lambda: gb.Dense(4, 2),
     "no parameters": lambda: gb.Sequential(gb.Dropout(0.5)),

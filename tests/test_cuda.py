@@ -99,7 +99,7 @@ OPERATIONS = [  # every operation, and those that reach a kernel of another form
     "dense", "dense of members", "dense twice", "dense of no rows", "dense gelu",
     "cross-entropy of labels mean", "cross-entropy of rows sum", "mse mean", "half_mse sum", "sse mean", "bce mean",
     "losses of no rows", "layer_norm", "layer_norm of a stack", "layer_norm inside", "batch_norm", "dropout",
-    "dropout inside",
+    "dropout inside", "noise inside",
 ]  # fmt: skip
 
 
@@ -188,8 +188,8 @@ def test_training_with_every_optimizer(optimizer, cuda):
 
 
 def normalized():
-    return net(gb.Dense(64, 24), gb.BatchNorm(24), gb.Activation("tanh"), gb.Dropout(0.2),
-               gb.Dense(24, 16, activation="gelu"), gb.LayerNorm(16), gb.Dense(16, 10))  # fmt: skip
+    return net(gb.InputNoise(0.1), gb.Dense(64, 24), gb.BatchNorm(24), gb.Activation("tanh"),
+               gb.Dropout(0.2), gb.Dense(24, 16, activation="gelu"), gb.LayerNorm(16), gb.Dense(16, 10))  # fmt: skip
 
 
 def test_normalisation_and_dropout(cuda):

@@ -27,7 +27,7 @@ NEEDED = {
     "sum": (lambda size, t, n: (blocks(size, t[0] * n * EACH), 1, 1), (BLOCKS, inf, inf)),
     "softmax": (lambda r, c, t, n: (blocks(r, t[1]), 1, 1), (BLOCKS, inf, inf)),
     "top1": (lambda r, c, t, n: (blocks(r, t[1]), 1, 1), (BLOCKS, inf, inf)),
-    "dropout": (lambda size, t, n: (blocks(size, t[0] * max(4, n)), 1, 1), (inf, inf, inf)),
+    "draws": (lambda size, t, n: (blocks(size, t[0] * max(4, n)), 1, 1), (inf, inf, inf)),
     "feed": (lambda r, c, t, n: (blocks(c, t[0] * n), blocks(r, t[1]), 1), (inf, HIGHEST, inf)),
     "norm": (lambda size, t, n: (blocks(size, t[0] * n), 1, 1), (BLOCKS // 2, inf, inf)),
     "layer_norm": (lambda r, c, t, n: (blocks(r, t[1]), 1, 1), (inf, inf, inf)),

@@ -98,6 +98,7 @@ MODELS = {
     **{f"activation-{a}": lambda a=a: wide(gb.Dense(3, 4), gb.Activation(a)) for a in ACTIVATIONS},
     "dense without bias": lambda: wide(gb.Dense(3, 4, "tanh", bias=False)),
     "dropout": lambda: wide(gb.Dense(3, 4), gb.Dropout(0.4), gb.Dense(4, 2)),
+    "noise": lambda: wide(gb.InputNoise(0.4), gb.Dense(3, 4), gb.InputNoise(0.2)),
     "layer norm": lambda: wide(gb.LayerNorm(3), gb.Dense(3, 2)),
     "batch norm": lambda: wide(gb.Dense(3, 4), gb.BatchNorm(4), gb.Activation("tanh")),
     "residual": lambda: wide(gb.Residual(gb.Dense(3, 5, "tanh"), gb.Dense(5, 3))),
@@ -294,6 +295,22 @@ def test_dropout_draws_are_keyed_by_seed_step_and_place():
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
             assert 0.4 < (a == b).mean() < 0.6
+
+
+@pytest.mark.parametrize("sigma", [0.1, 2])
+def test_input_noise(sigma, rng):
+    x = rng.normal(1, 0.1, (200, 500))
+    model = gb.Sequential(gb.InputNoise(sigma), gb.InputNoise(sigma), dtype="float64")
+    np.testing.assert_array_equal(model(x).numpy(), x)  # inference is the identity
+    np.testing.assert_array_equal(model.predict(x), x)
+    with gb.training(seed=4, step=2):
+        first = model.layers[0](gb.tensor(x)).numpy() - x
+        both = model(x).numpy() - x
+    second = both - first
+    for noise in (first, second):
+        assert abs(noise.mean()) < 4 * sigma / math.sqrt(x.size)
+        assert abs(noise.var() / sigma**2 - 1) < 4 * math.sqrt(2 / x.size)
+    assert abs((first * second).mean()) < 4 * sigma**2 / math.sqrt(x.size)  # each layer has draws of its own
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------
@@ -699,6 +716,9 @@ BAD_LAYERS = {
     "fraction": (lambda: gb.Dense(2.5, 1), ValueError, r"shape \(2\.5, 1\) is not one of positive integers"),
     "rate": (lambda: gb.Dropout(1.0), ValueError, r"rate 1\.0 is not in \[0, 1\)"),
     "nan rate": (lambda: gb.Dropout(float("nan")), ValueError, r"rate nan is not in \[0, 1\)"),
+    "sigma": (lambda: gb.InputNoise(-1), ValueError, r"InputNoise: sigma -1 is not in \[0, inf\)"),
+    "infinite sigma": (lambda: gb.InputNoise(math.inf), ValueError, r"InputNoise: sigma inf is not in \[0, inf\)"),
+    "max_norm": (lambda: gb.Dense(2, 2, max_norm=0), ValueError, r"Dense: max_norm 0 is not in \(0, inf\)"),
     "momentum": (lambda: gb.BatchNorm(2, momentum=0), ValueError, r"momentum 0 is not in \(0, 1\]"),
     "init": (lambda: gb.Dense(2, 2, init="glorot").initialize(0), ValueError, "unknown initializer 'glorot'.*he_norm"),
     "init shape": (
@@ -952,6 +972,8 @@ def test_a_dropped_model_is_freed_without_the_collector():
     (lambda: gb.BatchNorm(3, eps=-1), "BatchNorm: eps -1 is not positive"),
     (lambda: gb.LayerNorm(3, eps=0), "LayerNorm: eps 0 is not positive"),
     (lambda: gb.Dropout("a"), "Dropout: rate must be a number, got str 'a'"),
+    (lambda: gb.Dense(2, 2, max_norm="a"), "Dense: max_norm must be a number, got str 'a'"),
+    (lambda: gb.InputNoise(True), "InputNoise: sigma must be a number, got bool True"),
     (lambda: gb.mlp([3, 4], dtype="float16"), "Sequential: dtype float16 is not supported; choose from float32"),
     (lambda: gb.mlp([3, 4], dtype="foo"), "Sequential: dtype foo is not supported"),
     (lambda: gb.mlp([3, 4], dropout=5), "mlp: dropout 5 is not in"),

@@ -252,6 +252,8 @@ case("layer_norm inside", lambda x, g, b: gb.layer_norm(x * x, g * 2, b + g) ** 
      lambda x, g, b: norm(x * x, g * 2, b + g, -1) ** 2, (4, 5), (5,), (5,))  # fmt: skip
 case("batch_norm", lambda x, g, b: gb.batch_norm(x, g, b)[0], lambda x, g, b: norm(x, g, b, 0), (6, 3), (3,), (3,))
 case("dropout", lambda x: gb.dropout(x, 0.4, 1, 2, 3), None, (5, 6))
+case("noise", lambda x: gb.noise(x, 0.4, 1, 2, 3), None, (5, 6))
+case("noise inside", lambda x: gb.noise(gb.noise(x * x, 0.4, 1) * x, 0.2, 1, 1), None, (5, 6))
 case("dropout inside", lambda x: gb.dropout(gb.dropout(x * x, 0.4, 1) + x, 0.2, 1, 1), None, (5, 6))
 
 
@@ -456,6 +458,9 @@ ERRORS = [
     (lambda: gb.mse(LEAF[:0], np.ones((0, 3))), ValueError, "mse: the mean over an empty batch has no value"),
     (lambda: gb.dropout(LEAF, 1.0), ValueError, r"dropout: rate 1.0 is not in \[0, 1\)"),
     (lambda: gb.dropout(LEAF, -0.1), ValueError, "dropout: rate"),
+    (lambda: gb.noise(LEAF, -0.1), ValueError, r"noise: sigma -0.1 is not in \[0, inf\)"),
+    (lambda: gb.noise(LEAF, math.nan), ValueError, "noise: sigma nan"),
+    (lambda: gb.noise(LEAF, 1.0, 0, 2**30), ValueError, r"noise: site 1073741824 is not in \[0, 2\^30\)"),
     (lambda: gb.layer_norm(LEAF, DOUBLE[:2], DOUBLE), ValueError, "layer_norm: x has shape"),
     (lambda: gb.batch_norm(LEAF[:1], DOUBLE, DOUBLE), ValueError, "a training batch of 1 rows has no variance"),
     (lambda: gb.layer_norm(LEAF, DOUBLE, DOUBLE, 0.0), ValueError, "layer_norm: eps must be positive"),
@@ -606,6 +611,17 @@ def test_dropout_is_keyed_by_seed_site_step_and_position(rng):
         assert (gb.dropout(x, 0.3, *other).numpy() != first).any()
     np.testing.assert_array_equal(gb.dropout(x, 0.3, 1, 2, np.int64(3)).numpy(), first)
     np.testing.assert_array_equal(gb.dropout(x, 0.0).numpy(), x.numpy())
+
+
+def test_noise_is_keyed_by_seed_site_step_and_position():
+    x = gb.tensor(np.zeros((50, 40)))
+    first = gb.noise(x, 0.3, 1, 2, 3).numpy()
+    assert abs(first.mean()) < 4 * 0.3 / math.sqrt(2000) and abs(first.std() / 0.3 - 1) < 4 / math.sqrt(4000)
+    np.testing.assert_array_equal(gb.noise(x, 0.3, 1, 2, np.int64(3)).numpy(), first)
+    np.testing.assert_array_equal(gb.noise(x[:7], 0.3, 1, 2, 3).numpy(), first[:7])
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
+        assert (gb.noise(x, 0.3, *other).numpy() != first).all()
+    assert gb.noise(x, 0.0) is x
 
 
 # ---- size and memory -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpubackprop.backends.philox import CHUNK, MASK, Draws, philox4x32
+from gpubackprop.backends.philox import CHUNK, MASK, SECOND, Draws, philox4x32
 
 SEED = 0x299F31D0A4093822
 N = 1_000_003
@@ -101,6 +101,16 @@ def test_normal(dtype):
     for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
         assert abs(np.mean(z**power) - moment) < 4 * np.sqrt(variance / N)
     assert abs(np.mean(z[1:] * z[:-1])) < 4 / np.sqrt(N)
+
+
+@pytest.mark.parametrize("dtype, wider", [("float32", np.float64), ("float64", np.longdouble)])
+def test_normals_are_within_4_ulp(dtype, wider):
+    draws = Draws(50_000, dtype)
+    u, v = (draws.uniform(SEED, site, 0).astype(wider) for site in (3, 3 | SECOND))
+    angle = (v.astype(dtype) * np.dtype(dtype).type(2 * np.pi)).astype(wider)
+    true = np.sqrt(-2 * np.log(1 - u)) * np.cos(angle)
+    error = np.abs(draws.normal(SEED, 3, 0) - true) / np.spacing(np.abs(true.astype(dtype)))
+    assert error.max() <= 4
 
 
 def test_normal_is_finite_at_both_ends_of_the_uniform(monkeypatch):

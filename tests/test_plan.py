@@ -22,8 +22,9 @@ MODELS = {
     "norms": lambda **d: gb.Sequential(
         gb.Dense(6, 8), gb.BatchNorm(8), gb.Activation("silu"), gb.LayerNorm(8), gb.Dense(8, 4, bias=False), **d),
     "residual": lambda **d: gb.Sequential(
-        gb.Scaler(6), gb.Dense(6, 8, activation="tanh"), gb.Residual(gb.Dense(8, 8, activation="elu"), gb.Dropout(0.2)),
-        gb.Dense(8, 4), **d),
+        gb.Scaler(6), gb.InputNoise(0.1), gb.Dense(6, 8, activation="tanh"),
+        gb.Residual(gb.Dense(8, 8, activation="elu"), gb.Dropout(0.2)),
+        gb.Dense(8, 4, max_norm=1.0), **d),
     "branches": lambda **d: gb.Sequential(
         gb.Concatenate(gb.Dense(6, 5, "tanh"), gb.Sequential(), gb.Dense(6, 3)), gb.Dense(14, 4), **d),
 }  # fmt: skip

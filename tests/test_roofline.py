@@ -38,6 +38,7 @@ MATRIX, ROW, VECTOR = ((4, 8), F), (8, F), (64, F)
     ("softmax_cross_entropy", [MATRIX, (4, np.int64)], [MATRIX, ((), F)], 256),
     ("mse", [MATRIX, MATRIX], [((), F), MATRIX], 384),
     ("dropout", [MATRIX], [MATRIX], 256),
+    ("noise", [MATRIX], [MATRIX], 256),
     ("normalize", [MATRIX, ROW, ROW], [MATRIX, ROW, ROW, ROW], 256),
     ("normalize_backward", [MATRIX, MATRIX, ROW, ROW, ROW], [MATRIX, ROW, ROW], 384),
     ("gradient norm", [VECTOR], [(4, F)], 256),

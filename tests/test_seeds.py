@@ -835,3 +835,40 @@ def test_seed_47_the_gradient_of_rosenbrocks_function_is_exact(rng):
     np.testing.assert_allclose(f(x)[1], exact(x), rtol=1e-12, atol=1e-12)
     h = hessian(rosenbrock, (np.ones(2),))
     np.testing.assert_allclose(h, [[802, -400], [-400, 200]], rtol=1e-8)
+
+
+# ---- rows 43 and 44: noise -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_seed_43_dropout_has_its_rate_and_one_mask_on_every_device(rate, cuda):
+    x, masks = np.ones((300, 70), "f"), []
+    for device in ("cpu:reference", "cpu", "cuda"):
+        layer = gb.Sequential(gb.Dropout(rate))
+        with gb.training(seed=3, step=5):
+            y = layer(gb.tensor(x, device=device)).numpy()
+        assert set(np.unique(y)) == {0, np.float32(1) * np.float32(1 / (1 - rate))}  # inverted: the mean stays
+        masks.append(y == 0)
+        np.testing.assert_array_equal(layer(gb.tensor(x, device=device)).numpy(), x)
+    assert (masks[0] == masks[1]).all() and (masks[0] == masks[2]).all()
+    assert abs(masks[0].mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / x.size)
+
+
+def test_seed_44_input_noise_is_weight_decay_of_a_linear_model(rng):
+    """E loss = MSE + sigma² ‖w‖², and so in the gradient 2 sigma² w: means over steps within four standard errors."""
+    sigma, steps, x, t = 0.7, 400, rng.normal(size=(50, 6)), rng.normal(size=(50, 1))
+    model = gb.Sequential(gb.InputNoise(sigma), gb.Dense(6, 1), dtype="float64").initialize(1)
+    w = model.layers[1].weight
+    found = []
+    for step in range(steps):
+        with gb.training(seed=2, step=step):
+            loss = gb.mse(model(x), t)
+        loss.backward()
+        found.append([loss.item(), *w.grad.numpy()[:, 0]])
+    clean = gb.mse(model(x), t)
+    clean.backward()
+    weights = w.numpy()[:, 0]
+    expected = [clean.item() + sigma**2 * weights @ weights, *(w.grad.numpy()[:, 0] + 2 * sigma**2 * weights)]
+    error = np.std(found, 0) / np.sqrt(steps)
+    assert (np.abs(np.mean(found, 0) - expected) < 4 * error).all()
+    assert (error < np.abs(np.array(expected) - [clean.item(), *w.grad.numpy()[:, 0]]).max() / 8).all()  # and can tell

@@ -413,6 +413,12 @@ class Backend(Protocol):
     ) -> Launch:
         """out = x / (1 − rate) where Philox keeps the element, else 0; the backward is the same launch on dy."""
 
+    def noise(self, x: Buffer, sigma: float, seed: int, site: int, step: "StepTable | int", out: Buffer) -> Launch:
+        """out = x + sigma · N(0, 1), by Philox, each normal number within 4 ulp; the backward is the identity.
+
+        Sites stay below 2^30.
+        """
+
     def accumulate_loss(self, total: Buffer, table: StepTable, tally: Tally) -> Launch:
         """tally += total; the first step whose total is not finite is noted."""
 

@@ -62,6 +62,7 @@ def _makers() -> list[tuple[Mapping[str, Any], Callable[[Any], list[Skeleton]]]]
         (formulas.LOSSES, _loss),
         (formulas.PASSES, _pass),
         (formulas.PENALTIES, _penalty),
+        (formulas.CONSTRAINTS, _constraint),
         (formulas.RULES, _rule),
     ]
 
@@ -129,6 +130,14 @@ def _penalty(row: formulas.Penalty) -> list[Skeleton]:
     graph, scalars = formulas.hoist(row.graph(), ("p", "g", "scale"))
     what = f"total = Σ rows * ({row.value}), g += scale * ({row.derivative}), fused"
     return [Sum(f"{row.name}_penalty", graph, what, single=("scale",), table=scalars)]
+
+
+def _constraint(row: formulas.Constraint) -> list[Skeleton]:
+    measure, value = (formulas.parse(text)[formulas.RESULT] for text in (row.measure, row.value))
+    return [
+        Columns(f"{row.name}_columns", {"each": measure}, f"each = {row.measure}, sums = Σ_rows each"),
+        Kernel(row.name, {"w": value}, f"w = {row.value}", per_column=("n",), single=("c",)),
+    ]
 
 
 def _rule(row: formulas.Rule) -> list[Skeleton]:

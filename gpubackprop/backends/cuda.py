@@ -448,17 +448,27 @@ class CudaBackend:
         accumulate: bool = False,
     ) -> Launch:  # fmt: skip
         """out = x / (1 − rate) where kept, else 0; see Backend."""
-        fixed = int(step) % 2**32 if isinstance(step, int | np.integer) else None
-        arguments = {
-            "out": out, "x": x, "seed": seed % 2**64, "site": site % 2**32, "step": fixed or 0,
-            "state": None if fixed is not None else _cuda(step).state, "threshold": round((1 - rate) * 2**32),
-            "scale": 1 / (1 - rate), "accumulate": accumulate, "size": x.size,
-        }  # fmt: skip
-        call = self._file_kernel(
-            "dropout.cu", "dropout", x, geometry.dropout_geometry(x.size, x.dtype.itemsize), arguments
-        )
+        more = {"threshold": round((1 - rate) * 2**32), "scale": 1 / (1 - rate), "accumulate": accumulate}
+        call = self._drawing("dropout", x, out, seed, site, step, more)
         what = f"out {'+' * accumulate}= x / {1 - rate:g} where kept, else 0"
         return self._launch("dropout", what, {"x": x}, {"out": out}, x.size, [call])
+
+    def noise(self, x: Buffer, sigma: float, seed: int, site: int, step: StepTable | int, out: Buffer) -> Launch:
+        """out = x + sigma · N(0, 1); see Backend."""
+        call = self._drawing("noise", x, out, seed, site, step, {"sigma": sigma})
+        return self._launch("noise", f"out = x + {sigma:g} · N(0, 1)", {"x": x}, {"out": out}, 2 * x.size, [call])
+
+    def _drawing(
+        self, kernel: str, x: Buffer, out: Buffer, seed: int, site: int, step: StepTable | int, more: Mapping[str, Any]
+    ) -> Bound:
+        """A kernel in a file of its name that draws random words for the elements of x."""
+        fixed = int(step) % 2**32 if isinstance(step, int | np.integer) else None
+        arguments = {
+            "out": out, "x": x, "size": x.size, "seed": seed % 2**64, "site": site % 2**32, "step": fixed or 0,
+            "state": None if fixed is not None else _cuda(step).state,
+        }  # fmt: skip
+        place = geometry.draws_geometry(x.size, x.dtype.itemsize)
+        return self._file_kernel(f"{kernel}.cu", kernel, x, place, {**arguments, **more})
 
     def gradient_norm(self, g: Buffer, table: StepTable, *, clip: float, dynamic: bool) -> Launch:
         """The norm of the gradient and what follows from it; see Backend."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 __all__ = [
     "THREADS", "Geometry", "batch_norm_geometry", "broadcast_geometry", "collapse", "columns_geometry",
-    "dropout_geometry", "elementwise_geometry", "feed_geometry", "flat_geometry", "layer_norm_backward_geometry",
+    "draws_geometry", "elementwise_geometry", "feed_geometry", "flat_geometry", "layer_norm_backward_geometry",
     "layer_norm_geometry", "layout", "norm_geometry", "one_thread", "reduce_geometry", "reduction_steps",
     "slices_geometry", "softmax_geometry", "sum_geometry", "top1_geometry", "transpose_geometry",
 ]  # fmt: skip
@@ -91,7 +91,7 @@ def layout(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[int]:
     return [*[1] * short, *shape, *(s for steps in strides for s in (*[0] * short, *steps))]
 
 
-# ---- losses, dropout, feed, norm -----------------------------------------------------------------------------------
+# ---- losses, draws, feed, norm -------------------------------------------------------------------------------------
 
 
 def softmax_geometry(rows: int, classes: int, itemsize: int) -> Geometry:
@@ -114,8 +114,8 @@ def _class_team(classes: int, itemsize: int) -> int:
     return _threads(classes, width, WARP)
 
 
-def dropout_geometry(size: int, itemsize: int) -> Geometry:
-    """For dropout of `size` elements: each thread a share of whole blocks of Philox and whole vectors."""
+def draws_geometry(size: int, itemsize: int) -> Geometry:
+    """For dropout and noise of `size` elements: each thread a share of whole blocks of Philox and whole vectors."""
     share = max(4, 16 // itemsize)
     return Geometry((_divided(size, THREADS * share), 1, 1), (THREADS, 1, 1))
 

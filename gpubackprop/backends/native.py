@@ -358,11 +358,14 @@ class NativeBackend(NumpyBackend):
     ) -> list[Call]:
         if not _plain(x.dtype, x, out):
             return super()._dropout(x, rate, seed, site, step, out, accumulate)
-        fixed = int(step) % 2**32 if isinstance(step, int | np.integer) else None
-        kernel = self.library.kernel("dropout", x.dtype)
-        state, threshold = None if fixed is not None else _native(step), round((1 - rate) * 2**32)
-        key, scale = (seed + 2**63) % 2**64 - 2**63, np.array(1 / (1 - rate), x.dtype)
-        return [Job.of(kernel, out, x, x.size, key, site % 2**32, state, fixed, threshold, accumulate, scale)]
+        kernel, scale = self.library.kernel("dropout", x.dtype), np.array(1 / (1 - rate), x.dtype)
+        return [Job.of(kernel, *_drawing(x, seed, site, step, out), round((1 - rate) * 2**32), accumulate, scale)]
+
+    def _noise(self, x: Array, sigma: float, seed: int, site: int, step: StepTable | int, out: Array) -> list[Call]:
+        if not _plain(x.dtype, x, out):
+            return super()._noise(x, sigma, seed, site, step, out)
+        kernel = self.library.kernel("noise", x.dtype)
+        return [Job.of(kernel, *_drawing(x, seed, site, step, out), np.array(sigma, x.dtype))]
 
     def _accumulate_loss(self, total: Array, steps: NumpyStepTable, sums: NumpyTally) -> Call:
         kernel = self.library.kernel("accumulate_loss", total.dtype)
@@ -408,6 +411,15 @@ def _inputs(
     yield from (reads[k] for k in loop.inputs)
     for e in loop.scalars:
         yield _native(table).scalar(describe(e) + suffix, applied=applied)
+
+
+def _drawing(
+    x: Array, seed: int, site: int, step: StepTable | int, out: Array
+) -> tuple["int | Array | NativeStepTable | None", ...]:
+    """What the jobs that draw random words for the elements of x begin with."""
+    fixed = int(step) % 2**32 if isinstance(step, int | np.integer) else None
+    state = None if fixed is not None else _native(step)
+    return out, x, x.size, (seed + 2**63) % 2**64 - 2**63, site % 2**32, state, fixed
 
 
 def _tallied(tally: Tally) -> tuple[Array, Array]:

@@ -427,11 +427,19 @@ class NumpyBackend:
     def _dropout(
         self, x: Array, rate: float, seed: int, site: int, step: StepTable | int, out: Array, accumulate: bool
     ) -> list[Call]:
-        number = (lambda: int(step)) if isinstance(step, int | np.integer) else _numpy(step).step
-        wide = Wide()
+        wide, number = Wide(), _number(step)
         return wide.around(
             rows.dropout(wide.read(x), rate, seed, site, number, wide.write(out, accumulate), accumulate)
         )
+
+    def noise(self, x: Array, sigma: float, seed: int, site: int, step: StepTable | int, out: Array) -> Launch:
+        """out = x + sigma · N(0, 1); see Backend."""
+        calls = self._noise(x, sigma, seed, site, step, out)
+        return _launch("noise", f"out = x + {sigma:g} · N(0, 1)", {"x": x}, {"out": out}, 2 * x.size, calls)
+
+    def _noise(self, x: Array, sigma: float, seed: int, site: int, step: StepTable | int, out: Array) -> list[Call]:
+        wide = Wide()
+        return wide.around(rows.noise(wide.read(x), sigma, seed, site, _number(step), wide.write(out)))
 
     def accumulate_loss(self, total: Array, table: StepTable, tally: Tally) -> Launch:
         """tally += total; see Backend."""
@@ -490,6 +498,11 @@ def _like(source: Array, x: Array) -> Array:
 
 def _numpy(table: StepTable | None) -> NumpyStepTable:
     return owned(NumpyStepTable, table, "step table")
+
+
+def _number(step: StepTable | int) -> Callable[[], int]:
+    """The number of the step in force."""
+    return (lambda: int(step)) if isinstance(step, int | np.integer) else _numpy(step).step
 
 
 def _tally(tally: Tally) -> NumpyTally:

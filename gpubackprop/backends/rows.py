@@ -1,4 +1,4 @@
-"""Row-wise kernels of the reference: softmax with cross-entropy, normalisation, dropout, as lists of NumPy calls."""
+"""Row-wise kernels of the reference: softmax with cross-entropy, normalisation, draws, as lists of NumPy calls."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,9 @@ import numpy.typing as npt
 from gpubackprop.backends.chunked import INTEGERS
 from gpubackprop.backends.philox import Draws
 
-__all__ = ["adding", "as_tf32", "column_sum", "dropout", "normalize", "normalize_backward", "softmax_cross_entropy"]
+__all__ = [
+    "adding", "as_tf32", "column_sum", "dropout", "noise", "normalize", "normalize_backward", "softmax_cross_entropy",
+]  # fmt: skip
 
 Array = npt.NDArray[Any]
 Call = Callable[[], object]
@@ -130,3 +132,13 @@ def dropout(
     select = partial(np.multiply, into.view(integer), kept, into.view(integer))
     calls: list[Call] = [draw, partial(np.multiply, x, scale, into), select]
     return [*calls, partial(np.add, out, into, out)] if accumulate else calls
+
+
+def noise(x: Array, sigma: float, seed: int, site: int, step: Callable[[], int], out: Array) -> list[Call]:
+    """out = x + sigma · N(0, 1)."""
+    draws, scale, flat = Draws(x.size, x.dtype), np.array(sigma, x.dtype), out.reshape(-1)
+
+    def draw() -> None:
+        np.multiply(draws.normal(seed, site, step()), scale, flat)
+
+    return [draw, partial(np.add, x, out, out)]

@@ -1,4 +1,4 @@
-// What a training step does beside its formulas: the batch, dropout, the norm of the gradient, the next row of the table.
+// What a training step does beside its formulas: the batch, dropout and noise, the norm of the gradient, the next row of the table.
 #include "host.h"
 #include "control.cuh"
 
@@ -25,27 +25,46 @@ struct Feed {
     }
 };
 
-// out (+)= x · scale where Philox keeps the element, else 0; see kernels/dropout.cu.
-struct Dropout {
+// What goes over elements with random numbers of their own: see kernels/draws.cuh.
+struct Draws {
     R* out;
     const R* x;
     Index size, seed, site;
     const Steps* steps;  // or nullptr: `step`
-    Index step, threshold, accumulate;
+    Index step;
+
+    static constexpr Index BLOCKS = 256, STRETCH = 4 * BLOCKS;  // blocks of Philox, of four elements each
+
+    // The words of the elements that begin at `first`.
+    void words(Word* to, Index first, Word lane) const {
+        const Word now = steps == nullptr ? Word(step) : Word(steps->first + steps->step);
+        LOOP for (Index b = 0; b < BLOCKS; ++b) {
+            const Block block = draw(Long(seed), Word(site) | lane, now, Long(first / 4 + b));
+            for (int i = 0; i < 4; ++i) to[4 * b + i] = block.word[i];
+        }
+    }
+
+    // apply(first, count) for every stretch of elements, each of which costs so much.
+    template <typename Apply>
+    void each_stretch(Index cost, const Apply& apply) const {
+        each((size + STRETCH - 1) / STRETCH, worth(size, cost), [&](Index i) {
+            const Index first = STRETCH * i;
+            apply(first, size - first < STRETCH ? size - first : STRETCH);
+        });
+    }
+};
+
+// out (+)= x · scale where Philox keeps the element, else 0; see kernels/dropout.cu.
+struct Dropout {
+    Draws draws;
+    Index threshold, accumulate;
     const R* scale;
 
     void run() const {
-        constexpr Index STRETCH = 256;  // blocks of Philox, of four elements each
-        const Word now = steps == nullptr ? Word(step) : Word(steps->first + steps->step);
-        const Index stretches = (size + 4 * STRETCH - 1) / (4 * STRETCH);
-        each(stretches, worth(size, 12), [&](Index i) {
-            Word words[4 * STRETCH];
-            LOOP for (Index b = 0; b < STRETCH; ++b) {
-                const Block block = draw(Long(seed), Word(site), now, Long(i * STRETCH + b));
-                for (int lane = 0; lane < 4; ++lane) words[4 * b + lane] = block.word[lane];
-            }
-            const Index first = 4 * STRETCH * i, count = size - first < 4 * STRETCH ? size - first : 4 * STRETCH;
-            apply(out + first, x + first, words, count);
+        draws.each_stretch(12, [&](Index first, Index count) {
+            Word words[Draws::STRETCH];
+            draws.words(words, first, 0);
+            apply(draws.out + first, draws.x + first, words, count);
         });
     }
 
@@ -58,6 +77,38 @@ struct Dropout {
         } else {
             LOOP for (Index e = 0; e < count; ++e) to[e] = (all | (words[e] < below)) ? from[e] * factor : R(0);
         }
+    }
+};
+
+// out = x + sigma · N(0, 1); see kernels/noise.cu.
+struct Noise {
+    Draws draws;
+    const R* sigma;
+
+    void run() const {
+        draws.each_stretch(40, [&](Index first, Index count) {
+            R u[Draws::STRETCH], v[Draws::STRETCH];
+            uniforms(u, first, 0);
+            uniforms(v, first, SECOND);
+            R* const to = draws.out + first;
+            const R* const from = draws.x + first;
+            const R factor = *sigma;
+            LOOP for (Index e = 0; e < count; ++e) {
+                to[e] = from[e] + factor * (sqrt(R(-2) * log(R(1) - u[e])) * cos(v[e] * TURN));
+            }
+        });
+    }
+
+    void uniforms(R* to, Index first, Word lane) const {
+        Word high[Draws::STRETCH];
+        draws.words(high, first, lane);
+#ifdef FLOAT64
+        Word low[Draws::STRETCH];
+        draws.words(low, first, lane | LOW);
+        LOOP for (Index e = 0; e < Draws::STRETCH; ++e) to[e] = uniform(high[e], low[e]);
+#else
+        LOOP for (Index e = 0; e < Draws::STRETCH; ++e) to[e] = uniform(high[e]);
+#endif
     }
 };
 
@@ -91,6 +142,7 @@ struct Loss {
 KERNEL(feed) { reinterpret_cast<const Feed*>(job)->run(); }
 KERNEL(gradient_norm) { reinterpret_cast<const Norm*>(job)->run(); }
 KERNEL(dropout) { reinterpret_cast<const Dropout*>(job)->run(); }
+KERNEL(noise) { reinterpret_cast<const Noise*>(job)->run(); }
 
 KERNEL(accumulate_loss) {
     const Loss& loss = *reinterpret_cast<const Loss*>(job);

@@ -13,7 +13,7 @@ from gpubackprop.backends.codegen import Columns
 from gpubackprop.backends.geometry import Geometry, columns_geometry
 from gpubackprop.formulas import chain, name, parse
 
-KERNELS = {k.name: k for row in formulas.ACTIVATIONS for k in codegen.kernels(row) if isinstance(k, Columns)}
+KERNELS = {k.name: k for row in codegen.names() for k in codegen.kernels(row) if isinstance(k, Columns)}
 GRADIENT = chain(name("dy"), parse("where(y > 0, 1, 0)")[formulas.RESULT])
 IN_PLACE = Columns("in_place", {"dy": GRADIENT}, "relu', in place")
 SCALED = Columns("scaled", {"dx": parse("k * dy")[formulas.RESULT]}, "dx = k * dy", single=("k",))
@@ -60,7 +60,7 @@ def check(kernel, shape, dtype, offset=0, accumulate=False, geometry=None):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-def test_every_activation(kernel, dtype):
+def test_every_row(kernel, dtype):
     check(kernel, (1, 37, 24), dtype)
 
 

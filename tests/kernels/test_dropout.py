@@ -8,7 +8,7 @@ from emulator import build
 from reference import DTYPES, arithmetic, shifted
 
 from gpubackprop.backends import codegen
-from gpubackprop.backends.geometry import Geometry, dropout_geometry
+from gpubackprop.backends.geometry import Geometry, draws_geometry
 from gpubackprop.backends.philox import Draws
 
 SEED, SITE, STEP = 0x299F31D0A4093822, 0x2FFFFFFF, 0xFEDCBA98
@@ -23,7 +23,7 @@ def library(dtype):
 
 
 def launch(x, out, rate, *, seed=SEED, site=SITE, step=STEP, state=None, accumulate=False, place=None):
-    place = place or dropout_geometry(x.size, x.dtype.itemsize)
+    place = place or draws_geometry(x.size, x.dtype.itemsize)
     library(x.dtype).run(
         "dropout", place.grid, place.block, out=out, x=x, seed=seed, site=site, state=state, step=step,
         threshold=round((1 - rate) * 2**32), scale=1 / (1 - rate), accumulate=accumulate, size=x.size,
@@ -129,6 +129,6 @@ def test_any_number_of_blocks(dtype):
 def test_geometry():
     for itemsize, share in ((2, 8), (4, 4), (8, 4)):
         for size in (1, 256 * share, 256 * share + 1, 2**33):
-            grid, block, *scratch = dropout_geometry(size, itemsize)
+            grid, block, *scratch = draws_geometry(size, itemsize)
             assert block == (256, 1, 1) and scratch == [0, 0]
             assert 256 * share * (grid[0] - 1) < size <= 256 * share * grid[0]
