@@ -121,6 +121,18 @@ class Loss:
     forward: str
     derivative: str
 
+    def graph(self, dy: "Expr", *, weighted: bool = False) -> dict[str, "Expr"]:
+        """total = k · forward and dx = dy · k · derivative, k being the share of one element in the loss of its row.
+
+        weighted: both times the row's weight w; where that is 0 they are 0, because 0 · inf is not.
+        """
+        k, w, derivative = name("k"), name("w"), value(self.derivative)
+        total, share = apply("*", k, value(self.forward)), apply("*", dy, k)
+        if not weighted:
+            return {"total": total, "dx": chain(share, derivative)}
+        graph = {"total": apply("*", w, total), "dx": chain(apply("*", share, w), derivative)}
+        return {key: apply("where", apply("==", w, number(0)), number(0), e) for key, e in graph.items()}
+
 
 LOSSES: dict[str, Loss] = _rows(
     Loss("mse",             "(x - t) * (x - t)",                                     "2 * (x - t)"),

@@ -27,11 +27,11 @@ SECTIONS = ("feed", "before", "gradient", "update")
 
 
 class Source:
-    """Training data on the device and the order its rows are taken in."""
+    """Training data on the device, with weights w of its rows if they have any, and the order they are taken in."""
 
-    def __init__(self, backend: Backend, x: Buffer, y: Buffer) -> None:
+    def __init__(self, backend: Backend, x: Buffer, y: Buffer, w: Buffer | None = None) -> None:
         self.backend = backend
-        self.x, self.y = x, y
+        self.x, self.y, self.w = x, y, w
         self.order = backend.asarray(np.arange(len(x)))
 
     def begin(self, order: Array | None, sizes: Array) -> Array:
@@ -52,7 +52,7 @@ class StagedSource(Source):
     """Training data on the host: batches are gathered into pinned memory and copied beside the step before theirs."""
 
     def __init__(self, backend: Backend, staging: Staging, rows: int) -> None:
-        super().__init__(backend, staging.x, staging.y)
+        super().__init__(backend, staging.x, staging.y, staging.w)
         self.staging, self.permutation = staging, np.arange(rows)
         self.starts = self.sizes = np.zeros(0, np.int64)
 
@@ -110,12 +110,12 @@ class Sums:
         """The first step whose loss was not finite, or 0."""
         return self.tally.read()[1]
 
-    def figures(self, rows: int, y: Array) -> dict[str, float]:
-        """Mean loss and metrics over that many rows, whose targets are y."""
+    def figures(self, rows: int, y: Array, weight: float) -> dict[str, float]:
+        """Mean loss, by weight, and metrics over that many rows of that weight together, whose targets are y."""
         loss, _, correct = self.tally.read()
         read = self.backend.to_numpy
         values = ((m, np.asarray(correct) if sums is None else read(sums)) for m, sums in self.metrics)
-        return {"loss": loss / rows} | {m.name: m.value(v, rows, y) for m, v in values}
+        return {"loss": loss / weight} | {m.name: m.value(v, rows, y) for m, v in values}
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ class Step:
     rows: int
     columns: int
     target_shape: tuple[int, ...]  # of one row: () for labels
+    weighted: bool
     space: Workspace
     dry: bool = False
     run: Callable[[], object] = field(init=False, repr=False)
@@ -149,6 +150,7 @@ class Step:
         dtype = np.int64 if self.target_shape == () else self.model.dtype
         self.x = backend.empty((self.rows, self.columns), self.terms.precision.dtype)
         self.target = backend.empty((self.rows, *self.target_shape), dtype)
+        self.w = backend.empty((self.rows,), self.model.dtype) if self.weighted else None
         title = f"training step of {self.rows} rows, {self.model.parameter_count:,} parameters"
         self.plan = Plan(backend, title, dry=self.dry, space=self.space)
 
@@ -164,7 +166,8 @@ class Step:
     def _first(self, source: Source, graphs: "Graphs | None") -> None:
         plan, table = self.plan, self.table
         with plan.record("feed"):
-            run(self.x, lambda: self.backend.feed(source.x, source.y, source.order, table, self.x, self.target, 1.0))
+            run(self.x, lambda: self.backend.feed(
+                source.x, source.y, source.order, table, self.x, self.target, 1.0, source.w, self.w))  # fmt: skip
         if "gradient" in plan.sections:
             plan.replay(*SECTIONS[1:])
         else:
@@ -188,8 +191,9 @@ class Step:
         with lowered(self.model, self.terms.precision.dtype), use_tf32(self.terms.precision.tf32):
             with training(self.terms.seed, self.table):
                 output = self.model(Tensor(self.x, back))
-                target = Tensor(self.target, back)
-                root, dy = self.terms.objective.seed(output, target, self.table, self.sums.tally, self.sums.counts)
+                target, sums = Tensor(self.target, back), self.sums
+                weights = None if self.w is None else Tensor(self.w, back)
+                root, dy = self.terms.objective.seed(output, target, self.table, sums.tally, sums.counts, weights)
             self.sums.add(output, target)
             written = backward(root, dy) if root.requires_grad else set()
         for key, p in arena.parameters.items():

@@ -524,7 +524,7 @@ def test_the_step_of_softmax_cross_entropy(rows, classes, soft, back, rng):
     x[0, :2] = x[0].max() + 1  # a tie: the first one counts
     labels[0] = 1
     t = rng.random(x.shape).astype("f") if soft else np.eye(classes, dtype="f")[labels]
-    table, tally = step_table(back, ["1 / rows"], [[1 / rows]], first=5, dtype="f"), back.tally("f")
+    table, tally = step_table(back, ["1 / weight"], [[1 / rows]], first=5, dtype="f"), back.tally("f")
     back.write(table.control, np.array([4, 1, 1, 0]))
     dx, total = junk(back, x.shape, "f"), junk(back, (), "f")
     launch = back.softmax_cross_entropy(
@@ -857,7 +857,7 @@ def launches(back, rng):
 
     x, w, y, gain, tally = of(500, 64), of(64, 64), of(500, 64), of(64), back.tally("f")
     total, labels = put(back, np.ones(()), "f"), put(back, rng.integers(0, 64, 500))
-    steps = step_table(back, ["k", "1 / rows"], [[2.0, 0.1]] * 9, dtype="f")
+    steps = step_table(back, ["k", "1 / weight"], [[2.0, 0.1]] * 9, dtype="f")
     column, rows = [of(64) for _ in range(3)], [of(500) for _ in range(3)]
     arrays = {k: of(500 * 64) for k in "pg"}
     return {

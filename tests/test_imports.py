@@ -24,7 +24,7 @@ LEVELS = [
     {"model"},
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
     {"step", "progress", "checkpoint"},
-    {"room"},
+    {"room", "row_weights"},
     {"trainer"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline"},

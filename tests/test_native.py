@@ -347,7 +347,7 @@ def test_helpers_stay_off_the_callers_core(tmp_path):
 
 def test_a_launch_keeps_the_table_that_it_reads():
     back = get_backend("cpu")
-    table = back.step_table(["1 / rows"], np.float32, 1)
+    table = back.step_table(["1 / weight"], np.float32, 1)
     launch, still_there = back.advance(table), weakref.ref(table)
     del table
     gc.collect()
