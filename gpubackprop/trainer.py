@@ -366,7 +366,7 @@ class Trainer:
         """The raw output for every row (logits, for a classifier), in x's own kind of array."""
         return self.model.predict(x)
 
-    def plan(self, batch_size: int = 128) -> Plan:
+    def plan(self, batch_size: int = 128, *, weighted: bool = False) -> Plan:
         """The training step for a batch of that many rows, bound but not run: print it, add it up, profile it.
 
         It is fed from a stand-in of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
@@ -378,7 +378,7 @@ class Trainer:
         outputs = self._outputs(columns, batch_size, training=True)
         classes = self.objective.classes
         y = np.zeros((batch_size,) if classes else (batch_size, outputs), np.int64 if classes else self.model.dtype)
-        return self._plan(columns, y)
+        return self._plan(columns, y, np.ones(batch_size, self.model.dtype) if weighted else None)
 
     def _plan(self, columns: int, y: Array, w: Array | None = None) -> Plan:
         """The step for rows of so many columns with targets and weights like y and w."""

@@ -515,6 +515,14 @@ def test_softmax_cross_entropy_shapes(target, residual, back):
         back.softmax_cross_entropy(*(put(back, np.ones(s)) for s in ((5, 3), target, residual, ())))
 
 
+def test_weights_of_softmax_cross_entropy_are_one_for_each_row(back):
+    x, dx, total, w = (put(back, np.ones(s)) for s in ((5, 3), (5, 3), (), (3,)))
+    with pytest.raises(
+        ValueError, match=r"softmax_cross_entropy: shapes do not fit: logits \(5, 3\) with weights \(3,\)"
+    ):
+        back.softmax_cross_entropy(x, x, dx, total, w=w)
+
+
 @pytest.mark.parametrize("rows, classes", [(5, 4), (50, 10), (7, 300), (3, 3000)])
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_step_of_softmax_cross_entropy(rows, classes, soft, back, rng):
@@ -793,6 +801,9 @@ def test_feed_takes_this_steps_rows_of_the_permutation(dtype, compute, soft, col
     check(order[::-1][6:])
     with pytest.raises(ValueError, match="feed: shapes do not fit"):
         back.feed(*given, steps, junk(back, (4, columns + 1), compute), y, scale)
+    weights = [put(back, np.ones(n, arithmetic(compute))) for n in (10, 3)]
+    with pytest.raises(ValueError, match="feed: shapes do not fit"):
+        back.feed(*given, steps, x, y, scale, *weights)
 
 
 @pytest.mark.parametrize("of", ["total", "sum"])
@@ -865,6 +876,8 @@ def launches(back, rng):
         "elementwise per column": back.elementwise("e", parse("x * b"), {"x": x, "b": gain}, {RESULT: y}),
         "elementwise broadcast": back.elementwise("e", parse("x * b"), {"x": x, "b": of(500, 1)}, {RESULT: y}),
         "elementwise_sum": back.elementwise_sum("s", parse("total = x * x"), {"x": x}, total, table=steps, tally=tally),
+        "elementwise_sum per row": back.elementwise_sum(
+            "s", parse("total = w * x\ny = w * x"), {"x": x, "w": of(500, 1)}, total, {"y": y}),
         "elementwise_columns": back.elementwise_columns("c", parse("x * x"), {"x": x}, y, column[0]),
         "update": back.update("u", parse("p -= k * g"), arrays, steps, advance=True),
         "gradient_norm": back.gradient_norm(y, steps, clip=1.0, dynamic=True),
@@ -875,9 +888,13 @@ def launches(back, rng):
         "gather": back.gather(x.reshape(1, 500, 64), put(back, rng.integers(0, 500, 400)), of(1, 400, 64)),
         "scatter_add": back.scatter_add(of(1, 80, 64), put(back, rng.integers(0, 64, 80)), of(1, 64, 64)),
         "feed": back.feed(x, labels, put(back, np.arange(500)), steps, of(400, 64), put(back, np.zeros(400, int)), 1.0),
+        "feed weighted": back.feed(
+            x, labels, put(back, np.arange(500)), steps, of(400, 64), put(back, np.zeros(400, int)), 1.0,
+            of(500), of(400)),
         "softmax_cross_entropy": back.softmax_cross_entropy(
             x, labels, y, total, table=steps, tally=tally, count=True),
         "softmax_cross_entropy rows": back.softmax_cross_entropy(x, of(500, 64), y, total),
+        "softmax_cross_entropy weighted": back.softmax_cross_entropy(x, labels, y, total, w=of(500)),
         "top1": back.top1(x, labels, tally),
         "normalize": back.normalize(x, gain, gain, 1, 1e-5, y, *rows),
         "normalize_backward": back.normalize_backward(
