@@ -124,14 +124,16 @@ class Loss:
     def graph(self, dy: "Expr", *, weighted: bool = False) -> dict[str, "Expr"]:
         """total = k · forward and dx = dy · k · derivative, k being the share of one element in the loss of its row.
 
-        weighted: both times the row's weight w; where that is 0 they are 0, because 0 · inf is not.
+        weighted: both times the row's weight w; where that is 0, x is taken to be t, because 0 · inf is not 0.
         """
-        k, w, derivative = name("k"), name("w"), value(self.derivative)
-        total, share = apply("*", k, value(self.forward)), apply("*", dy, k)
+        k, w, x = name("k"), name("w"), name("x")
+        if weighted:
+            x = apply("where", apply("==", w, number(0)), name("t"), x)
+        forward, derivative = (value(text, given={"x": x}) for text in (self.forward, self.derivative))
+        total, share = apply("*", k, forward), apply("*", dy, k)
         if not weighted:
             return {"total": total, "dx": chain(share, derivative)}
-        graph = {"total": apply("*", w, total), "dx": chain(apply("*", share, w), derivative)}
-        return {key: apply("where", apply("==", w, number(0)), number(0), e) for key, e in graph.items()}
+        return {"total": apply("*", w, total), "dx": chain(apply("*", share, w), derivative)}
 
 
 LOSSES: dict[str, Loss] = _rows(

@@ -26,9 +26,11 @@ static inline R sum_rows(const R* x, Index columns, Index first, Index count, co
     R of_rows[LENGTH];
     Index row = first / columns, left = (row + 1) * columns - first;
     return sum_filled(count, [&](R* values, Index at, Index n) {
-        for (Index i = 0; i < n; ++i, --left) {
+        for (Index i = 0; i < n;) {
             if (left == 0) ++row, left = columns;
-            of_rows[i] = x[row];
+            const Index end = left < n - i ? i + left : n;
+            left -= end - i;
+            for (; i < end; ++i) of_rows[i] = x[row];
         }
         LOOP for (Index i = 0; i < n; ++i) values[i] = value(at + i, of_rows[i]);
     });

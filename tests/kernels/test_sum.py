@@ -85,12 +85,12 @@ def test_arrays_off_the_boundary_give_the_same_bits(kernel, size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_weights_of_1_give_the_same_bits_as_none(dtype):
-    plain, weighted = (operands(KERNELS[f"bce_with_logits_step{w}"], 1027, dtype) for w in ("", "_weighted"))
-    weighted["w"][:] = 1
-    totals = [launch(KERNELS["bce_with_logits_step"], dtype, plain, 1027),
-              launch(KERNELS["bce_with_logits_step_weighted"], dtype, weighted, 1027)]  # fmt: skip
-    assert totals[0] == totals[1]
-    np.testing.assert_array_equal(plain["dx"], weighted["dx"])
+    plain, weighted = (KERNELS[f"bce_with_logits_step{w}"] for w in ("", "_weighted"))
+    given = operands(weighted, 1027, dtype)
+    given["w"][:] = 1
+    arrays = {k: given[k].copy() for k in operands(plain, 1027, dtype)}
+    assert launch(plain, dtype, arrays, 1027) == launch(weighted, dtype, given, 1027)
+    np.testing.assert_array_equal(arrays["dx"], given["dx"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
