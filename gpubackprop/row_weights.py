@@ -11,18 +11,16 @@ import numpy.typing as npt
 from gpubackprop.data import as_weights, check_same_length
 from gpubackprop.losses import Objective
 
-__all__ = ["row_weights", "weight_of_batches"]
+__all__ = ["inverse", "row_weights", "weight_of_batches"]
 
 Array = npt.NDArray[Any]
+LARGEST = 1e30  # of a weight: times losses, or the inverse times the scale of the loss, it stays in float32
 
 
 def row_weights(
     objective: Objective, y: Array, outputs: int, sample_weight: Any, class_weight: Any, where: str
 ) -> npt.NDArray[np.float64] | None:
-    """The weights (n,) of the rows whose checked targets are y, the largest from 1 to 2; None if nothing is weighed.
-
-    A common factor of the weights changes no loss: one that is a power of two changes no bit, and keeps them in range.
-    """
+    """The weights (n,) of the rows whose checked targets are y; None if nothing is weighed."""
     if sample_weight is None and class_weight is None:
         return None
     if objective.own:
@@ -32,14 +30,17 @@ def row_weights(
         )
     w = np.ones(len(y))
     if sample_weight is not None:
-        given = as_weights(sample_weight, where)
-        check_same_length(y, given, where, "sample_weight")
-        w = _in_range(given)
+        w = as_weights(sample_weight, where)
+        check_same_length(y, w, where, "sample_weight")
     if class_weight is not None:
         labels, classes = _labels(objective, y, outputs, where)
-        w = _in_range(w * _in_range(_of_classes(class_weight, labels, classes, where))[labels])
+        with np.errstate(over="ignore"):
+            w = w * _of_classes(class_weight, labels, classes, where)[labels]
     if not w.any():
         raise ValueError(f"{where}: the weights of all rows are 0; give a row that counts a weight above 0")
+    if not 1 / LARGEST <= (largest := w.max()) <= LARGEST:
+        remedy = "scale the weights: a common factor changes nothing"
+        raise ValueError(f"{where}: the largest weight is {largest:.3g}, expected 1e-30 to 1e+30; {remedy}")
     return w
 
 
@@ -51,9 +52,9 @@ def weight_of_batches(w: Array | None, order: Array | None, sizes: Array) -> Arr
     return np.add.reduceat(w if order is None else w[order], np.cumsum(sizes) - sizes, dtype=np.float64)
 
 
-def _in_range(w: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Times the power of two that brings the largest weight to at least 1 and below 2."""
-    return np.ldexp(w, 1 - math.frexp(w.max())[1])
+def inverse(weight: Array) -> npt.NDArray[np.float64]:
+    """1 / weight of each batch, which its gradient is multiplied by; 0 where the rows weigh nothing."""
+    return np.divide(1, weight, out=np.zeros(len(weight)), where=weight >= 1 / LARGEST)
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------

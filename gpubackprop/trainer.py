@@ -24,7 +24,7 @@ from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.progress import Bar, Interrupts
 from gpubackprop.room import explained
-from gpubackprop.row_weights import row_weights, weight_of_batches
+from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
 
@@ -344,8 +344,7 @@ class Trainer:
 
     def _load(self, table: StepTable, first: int, weight: Array, offsets: Array) -> None:
         """A row for each step from the `first` on, whose batch weighs that much and begins at that offset."""
-        inverse = np.divide(1, weight, out=np.zeros(len(weight)), where=weight > 0)  # rows of no weight: no gradient
-        values = self.state.table_rows(first, len(weight)) | {"1 / weight": inverse}
+        values = self.state.table_rows(first, len(weight)) | {"1 / weight": inverse(weight)}
         table.load(np.stack([values[c] for c in table.columns], axis=1), offsets, first)
 
     # ---- reading
