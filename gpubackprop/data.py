@@ -15,6 +15,7 @@ __all__ = [
     "as_probabilities",
     "as_seed",
     "as_targets",
+    "as_weights",
     "check_same_length",
     "on_host",
     "row_count",
@@ -99,6 +100,20 @@ def as_probabilities(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit",
     return rows
 
 
+def as_weights(w: Any, where: str = "fit", name: str = "sample_weight") -> NDArray[np.float64]:
+    """Weights w (n,) of rows as float64: finite and at least 0."""
+    a = _numbers(w, where, name, f"convert with {name}.astype(float)")
+    n = row_count(a, where, name)
+    if a.ndim > 1:
+        remedy = f"{name}.ravel()" if a.size == n else f"{name}[:, 0] for those of one column"
+        raise ValueError(f"{where}: {name} has shape {a.shape}, expected ({n},), one weight each; use {remedy}")
+    weights = _cast(a, np.float64, where, name)
+    if weights.min() < 0:
+        row = int(weights.argmin())
+        raise ValueError(f"{where}: {name} has {weights[row]:g} at row {row}, expected at least 0; 0 leaves a row out")
+    return weights
+
+
 def as_seed(seed: Any, where: str) -> int | None:
     """The seed as a Python integer >= 0; None stays None."""
     if seed is None:
@@ -110,11 +125,11 @@ def as_seed(seed: Any, where: str) -> int | None:
     return int(seed)
 
 
-def check_same_length(x: Any, y: Any, where: str = "fit") -> None:
-    """Raise unless x and y have a row each per sample."""
-    n, m = row_count(x, where, "x"), row_count(y, where, "y")
+def check_same_length(x: Any, y: Any, where: str = "fit", name: str = "y") -> None:
+    """Raise unless x and y, or what else is named, have a row each per sample."""
+    n, m = row_count(x, where, "x"), row_count(y, where, name)
     if n != m:
-        raise ValueError(f"{where}: x has {n} rows but y has {m}; pass one y per row of x")
+        raise ValueError(f"{where}: x has {n} rows but {name} has {m}; pass one {name} per row of x")
 
 
 def on_host(a: Any, where: str, name: str) -> Array:

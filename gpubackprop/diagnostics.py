@@ -118,7 +118,7 @@ class Observed:
 def observed(trainer: Trainer, x: Any, y: Any, where: str) -> Observed:
     """One forward and backward of the mean loss over the rows, in the model's own type."""
     twin = copied(trainer, where)
-    rows, targets = twin._data(x, y, where)
+    rows, targets, _ = twin._data(x, y, where)
     back, watcher = twin.backend, _Watcher(twin.model)
     with training(twin.seed, twin.step + 1), observing(watcher):
         output = twin.model(Tensor(back.asarray(rows), back, requires_grad=True))  # so that frozen layers show theirs
@@ -232,7 +232,7 @@ def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Ten
     twin, step = copied(trainer, where), trainer.step + 1
     loss = twin.objective.function if twin.objective.own else twin.objective.name
     double = Trainer(twin.model, loss, device=twin.backend.device, seed=twin.seed, precision="float64")
-    rows, targets = double._data(x, y, where)
+    rows, targets, _ = double._data(x, y, where)
     host = double.backend.to_numpy(rows) if is_on_device(rows) else np.array(rows)  # the caller may write over x and y
     targets, model = np.array(targets), double.model
     trained = [p for p in model.named_parameters().values() if p.stepped]

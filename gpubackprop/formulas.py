@@ -134,6 +134,20 @@ class Loss:
     forward: str
     derivative: str
 
+    def graph(self, dy: "Expr", *, weighted: bool = False) -> dict[str, "Expr"]:
+        """total = k · forward and dx = dy · k · derivative, k being the share of one element in the loss of its row.
+
+        weighted: both times the row's weight w; where that is 0, x is taken to be t, because 0 · inf is not 0.
+        """
+        k, w, x = name("k"), name("w"), name("x")
+        if weighted:
+            x = apply("where", apply("==", w, number(0)), name("t"), x)
+        forward, derivative = (value(text, given={"x": x}) for text in (self.forward, self.derivative))
+        total, share = apply("*", k, forward), apply("*", dy, k)
+        if not weighted:
+            return {"total": total, "dx": chain(share, derivative)}
+        return {"total": apply("*", w, total), "dx": chain(apply("*", share, w), derivative)}
+
 
 LOSSES: dict[str, Loss] = _rows(
     Loss("mse",             "(x - t) * (x - t)",                                     "2 * (x - t)"),
@@ -170,8 +184,8 @@ class Penalty:
     derivative: str
 
     def graph(self) -> dict[str, "Expr"]:
-        """The total over the batch's rows, and the gradient, at the scale of the loss."""
-        return parse(f"total = rows * ({self.value})\ng += scale * ({self.derivative})")
+        """The total over the weight of the batch's rows, and the gradient, at the scale of the loss."""
+        return parse(f"total = weight * ({self.value})\ng += scale * ({self.derivative})")
 
 
 PENALTIES: dict[str, Penalty] = _rows(

@@ -10,7 +10,7 @@ import numpy as np
 from gpubackprop import ops
 from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable, Tally, arithmetic
 from gpubackprop.backprop import Gradients
-from gpubackprop.formulas import ACTIVATIONS, LOSSES, PASSES, RESULT, Activation, Loss, apply, chain, name, parse
+from gpubackprop.formulas import ACTIVATIONS, LOSSES, PASSES, RESULT, Activation, Loss, apply, name, parse
 from gpubackprop.observe import observer
 from gpubackprop.operands import graph, operands, result, share
 from gpubackprop.plan import empty, run
@@ -112,31 +112,45 @@ def _check_dense(x: Tensor, w: Tensor, b: Tensor | None) -> None:
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 
-def _reduction(loss: str, total: Tensor, rows: int, reduction: str) -> Tensor:
-    """The sum of a batch's losses, or their mean over its rows."""
+def _reduction(loss: str, total: Tensor, rows: int, weights: Any, reduction: str) -> Tensor:
+    """The sum of a batch's losses, or their mean over its rows by weight."""
     if reduction == "sum":
         return total
     if reduction != "mean":
         raise ValueError(f"{loss}: unknown reduction {reduction!r}; choose from mean, sum")
-    if rows == 0:
-        raise ValueError(f"{loss}: the mean over an empty batch has no value")
-    return ops.multiply(total, 1 / rows)
+    weight = rows if weights is None else float(np.asarray(weights).sum(dtype=np.float64))
+    if weight == 0:
+        what = "rows whose weights sum to 0" if rows else "an empty batch"
+        raise ValueError(f"{loss}: the mean over {what} has no value")
+    return ops.multiply(total, 1 / weight)
 
 
-def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean") -> Tensor:
+def _weights(loss: str, weights: Any, x: Tensor) -> Buffer | None:
+    """The weights (batch,) of the rows of x in the type that it is computed in."""
+    if weights is None:
+        return None
+    dtype = arithmetic(x.dtype)
+    w = weights.data if isinstance(weights, Tensor) else x.backend.asarray(np.asarray(weights, dtype))
+    if w.shape != x.shape[:1] or w.dtype != dtype:
+        raise ValueError(f"{loss}: the weights have shape {w.shape} and dtype {w.dtype}, but the output has shape "
+                         f"{x.shape}; expected ({x.shape[0]},) of {dtype}")  # fmt: skip
+    return w
+
+
+def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean", weights: Any = None) -> Tensor:
     """−Σ_k t_k log softmax(logits)_k of each row, reduced over the rows ("mean" or "sum").
 
     logits (batch, classes); target integer labels (batch,) or rows t (batch, classes), which need not sum to 1:
-    the gradient is (Σt)·softmax(logits) − t.
+    the gradient is (Σt)·softmax(logits) − t. With weights w (batch,) the sum is Σ w·loss, the mean that over Σ w.
     """
     (logits,) = operands("softmax_cross_entropy", logits)
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"softmax_cross_entropy: logits of shape (batch, classes) expected, got {logits.shape}")
-    t = _class_target(logits, target)
+    t, w = _class_target(logits, target), _weights("softmax_cross_entropy", weights, logits)
     residual, total = empty(logits.backend, logits.shape, logits.dtype), empty(logits.backend, (), logits.dtype)
     back = logits.backend
     if logits.size:
-        run(total, lambda: back.softmax_cross_entropy(logits.data, t, residual, total))
+        run(total, lambda: back.softmax_cross_entropy(logits.data, t, residual, total, w=w))
     else:
         run(total, lambda: back.fill(total, 0.0))
 
@@ -146,14 +160,19 @@ def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean") -> 
             "softmax_cross_entropy backward", graph("dy * residual"), reads, {RESULT: dx}, accumulate=accumulate,
             what="dx = dy · (softmax(x) − t)"))  # fmt: skip
 
-    return _reduction("softmax_cross_entropy", result(total, (logits,), backprop), logits.shape[0], reduction)
+    loss = result(total, (logits,), backprop)
+    return _reduction("softmax_cross_entropy", loss, logits.shape[0], weights, reduction)
 
 
-def softmax_cross_entropy_step(output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool) -> Buffer:
+def softmax_cross_entropy_step(
+    output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool, weights: Tensor | None = None
+) -> Buffer:
     """∂(scaled mean loss of the batch)/∂output; losses and, if asked, the rows right go to the tally: one launch."""
     back, t = output.backend, _class_target(output, target)
+    w = _weights("softmax_cross_entropy", weights, output)
     dx, total = empty(back, output.shape, output.dtype), empty(back, (), table.control.dtype)
-    run(total, lambda: back.softmax_cross_entropy(output.data, t, dx, total, table=table, tally=tally, count=count))
+    run(total, lambda: back.softmax_cross_entropy(
+        output.data, t, dx, total, w=w, table=table, tally=tally, count=count))  # fmt: skip
     return dx
 
 
@@ -189,40 +208,56 @@ _ELEMENTWISE = {
 
 def _elementwise_loss(label: str) -> Callable[..., Tensor]:
     row, _, equation = _ELEMENTWISE[label]
-    forward, backward = _loss_graphs(LOSSES[row])
 
-    def operation(output: Any, target: Any, reduction: str = "mean") -> Tensor:
+    def operation(output: Any, target: Any, reduction: str = "mean", weights: Any = None) -> Tensor:
         x, t = operands(label, output, target)
         _check_target(label, x, t)
         total, back = empty(x.backend, (), x.dtype), x.backend
-        reads = {"x": x.data, "t": t.data, "k": _share(label, x)}
-        what = f"total = Σ k · ({LOSSES[row].forward})"
+        forward, backward = _loss_graphs(LOSSES[row], weights is not None)
+        reads = {"x": x.data, "t": t.data, "k": _share(label, x)} | _by_row(label, weights, x)
+        what = f"total = Σ {_times(weights)}k · ({LOSSES[row].forward})"
         run(total, lambda: back.elementwise_sum(label, forward, reads, total, what=what))
 
         def backprop(dy: Buffer, grads: Gradients) -> None:
             grads.write(x, lambda dx, accumulate: back.elementwise(
                 f"{label} backward", backward, reads | {"dy": dy}, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
 
-        return _reduction(label, result(total, (x,), backprop), x.shape[0], reduction)
+        return _reduction(label, result(total, (x,), backprop), x.shape[0], weights, reduction)
 
     operation.__name__ = operation.__qualname__ = label
-    operation.__doc__ = f'{equation}, averaged over the rows (reduction="mean") or summed ("sum"); equal shapes.'
+    operation.__doc__ = (
+        f'{equation}, averaged over the rows (reduction="mean") or summed ("sum"); equal shapes.\n\n'
+        "With weights w of the rows the sum is Σ w·loss, the mean that over Σ w."
+    )
     return operation
 
 
 def elementwise_loss_step(
-    label: str, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool
-) -> Buffer:
+    label: str, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool,
+    weights: Tensor | None = None,
+) -> Buffer:  # fmt: skip
     """∂(scaled mean loss of the batch)/∂output, and the losses to the tally, in one launch."""
     _check_target(label, output, target)
     row, back = LOSSES[_ELEMENTWISE[label][0]], output.backend
-    forward, backward = _loss_graphs(row, "scale * (1 / rows)")
+    forward, backward = _loss_graphs(row, weights is not None, "scale * (1 / weight)")
     dx, total = empty(back, output.shape, output.dtype), empty(back, (), table.control.dtype)
     reads = {"x": output.data, "t": target.data, "k": _share(label, output), "scale": table.control[:1]}
-    graph_, writes = {**forward, "dx": backward[RESULT]}, {"dx": dx}
-    what = f"total = Σ k · ({row.forward}); dx = k · ({row.derivative}) / rows"
+    reads |= _by_row(label, weights, output)
+    graph_, writes, w = {**forward, "dx": backward[RESULT]}, {"dx": dx}, _times(weights)
+    of_batch = "rows" if weights is None else "Σw"
+    what = f"total = Σ {w}k · ({row.forward}); dx = {w}k · ({row.derivative}) / {of_batch}"
     run(total, lambda: back.elementwise_sum(label, graph_, reads, total, writes, table=table, tally=tally, what=what))
     return dx
+
+
+def _by_row(label: str, weights: Any, x: Tensor) -> dict[str, Buffer]:
+    """The weights, if there are any, in a shape that broadcasts over the outputs."""
+    w = _weights(label, weights, x)
+    return {} if w is None else {"w": w.reshape(-1, *(1,) * (x.ndim - 1))}
+
+
+def _times(weights: Any) -> str:
+    return "" if weights is None else "w · "
 
 
 def _check_target(label: str, x: Tensor, t: Tensor) -> None:
@@ -239,11 +274,10 @@ def _share(label: str, x: Tensor) -> Buffer:
 
 
 @cache
-def _loss_graphs(row: Loss, dy: str = "dy") -> tuple[Graph, Graph]:
+def _loss_graphs(row: Loss, weighted: bool, dy: str = "dy") -> tuple[Graph, Graph]:
     """The loss times its share k, and dx for a cotangent dy."""
-    k = name("k")
-    value, derivative = parse(row.forward)[RESULT], parse(row.derivative)[RESULT]
-    return {"total": apply("*", k, value)}, {RESULT: chain(apply("*", parse(dy)[RESULT], k), derivative)}
+    found = row.graph(parse(dy)[RESULT], weighted=weighted)
+    return {"total": found["total"]}, {RESULT: found["dx"]}
 
 
 mse, half_mse, sse, bce_with_logits = map(_elementwise_loss, _ELEMENTWISE)

@@ -75,6 +75,7 @@ class SearchStep(Step):
         if not self._ready:
             self._refuse_bounds()
             self._ready[True, True] = self._record(True, True)
+            self._weight = self.rows if self.w is None else float(self.backend.to_numpy(self.w).sum(dtype=np.float64))
             self._here = None
         weights, self._last = self._read(self.model.arena.weights), None
         here = self._here
@@ -115,7 +116,7 @@ class SearchStep(Step):
         back.write(arena.weights, weights.astype(arena.dtype)[None])
         self.sums.clear()
         self.plan.replay(*(s for s in ("gradient", "penalty") if s in self.plan.sections))
-        loss, gradient = self.sums.tally.read()[0] / self.rows, self._read(arena.gradients)
+        loss, gradient = self.sums.tally.read()[0] / self._weight, self._read(arena.gradients)
         slope = 0.0 if d is None else float(gradient @ d)
         self._last = point = Point(length, loss, slope, self._read(arena.weights), gradient)  # the weights as rounded
         return point

@@ -35,30 +35,32 @@ class Objective:
         return self.step is None
 
     def seed(
-        self, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool
+        self, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool, weights: Tensor | None = None
     ) -> tuple[Tensor, Buffer]:
         """Where the backward pass of a training step begins, and its cotangent there: the gradient of the batch's mean
-        loss, times the scale. The loss goes to the tally, and with count=True the rows right."""
+        loss, by weight, times the scale. The loss goes to the tally, and with count=True the rows right."""
         if self.step is not None:
-            return output, self.step(output, target, table, tally, count)
-        back, total = output.backend, self.tallied(output, target, table, tally, count)
+            return output, self.step(output, target, table, tally, count, weights)
+        back, total = output.backend, self.tallied(output, target, table, tally, count, weights)
         dy = empty(back, (), total.dtype)
         scale = {"scale": table.control[:1].reshape(())}
-        run(dy, lambda: back.elementwise("seed", graph("dy = scale * (1 / rows)"), scale, {"dy": dy}, table=table))
+        run(dy, lambda: back.elementwise("seed", graph("dy = scale * (1 / weight)"), scale, {"dy": dy}, table=table))
         return total, dy.reshape(total.shape)
 
-    def tallied(self, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool) -> Tensor:
+    def tallied(
+        self, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool, weights: Tensor | None = None
+    ) -> Tensor:
         """The sum of the batch's losses, which goes to the tally too, and with count=True the rows right."""
-        back, total = output.backend, self.total(cast(output, table.control.dtype), target)
+        back, total = output.backend, self.total(cast(output, table.control.dtype), target, weights)
         run(total.data, lambda: back.accumulate_loss(total.data, table, tally))
         if count:
             run(output.data, lambda: back.top1(output.data, target.data, tally))
         return total
 
-    def total(self, output: Tensor, target: Tensor) -> Tensor:
-        """The sum of the batch's losses."""
+    def total(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The sum of the batch's losses, by weight if there are weights of its rows; a user's loss knows none."""
         if not self.own:
-            return self.function(output, target, reduction="sum")
+            return self.function(output, target, reduction="sum", weights=weights)
         mean = self.function(output, target)
         if not isinstance(mean, Tensor) or mean.size != 1:
             got = f"shape {mean.shape}" if isinstance(mean, Tensor) else type(mean).__name__

@@ -29,7 +29,6 @@ from gpubackprop.formulas import (
     Penalty,
     Rule,
     apply,
-    chain,
     describe,
     evaluate,
     exact,
@@ -98,6 +97,12 @@ class Ground:
     def integers(self, count: int, below: int) -> Buffer:
         """`count` numbers from 0 to below − 1."""
         return self.put(self.rng.integers(0, below, count), np.int64)
+
+    def weights(self, *shape: int) -> Buffer:
+        """Weights of rows, every third of them 0, in the type that values are computed in."""
+        values = np.abs(self.numbers(*shape))
+        values[::3] = 0
+        return self.put(values, self.wide)
 
     def blank(self, *shape: int, dtype: npt.DTypeLike | None = None) -> Buffer:
         """An output that shows where it was not written."""
@@ -184,7 +189,7 @@ def cases() -> tuple[Case, ...]:
         *(case for row in ACTIVATIONS.values() for case in _activation(row)),
         *(case for row in UNARY.values() for case in _unary(row)),
         *(case for row in BINARY.values() for case in _binary(row)),
-        *(_loss(row) for row in LOSSES.values()),
+        *(_loss(row, weighted) for row in LOSSES.values() for weighted in (False, True)),
         *(_map(row.name, row.graph(), partial(_pass_shape, row)) for row in PASSES.values()),
         *(_penalty(row) for row in PENALTIES.values()),
         *(case for row in CONSTRAINTS.values() for case in _constraint(row)),
@@ -272,21 +277,20 @@ def _constraint(row: Constraint) -> list[Case]:
     return [Case(f"{row.name} columns", bind, SUM), _map(row.name, {"w": value}, shapes, extremes=False)]
 
 
-def _loss(row: Loss) -> Case:
+def _loss(row: Loss, weighted: bool) -> Case:
     """Its sum and its derivative in one launch, as in a training step."""
-    k, dy = name("k"), parse("scale * (1 / rows)")[RESULT]
-    graph = {"total": apply("*", k, parse(row.forward)[RESULT]),
-             "dx": chain(apply("*", dy, k), parse(row.derivative)[RESULT])}  # fmt: skip
+    graph = row.graph(parse("scale * (1 / weight)")[RESULT], weighted=weighted)
 
     def bind(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
-        table, tally = g.table({"1 / rows": 1 / rows}), g.back.tally(g.wide)
+        table, tally = g.table({"1 / weight": 1 / rows}), g.back.tally(g.wide)
         reads = {"x": g.normal(rows, columns), "t": g.normal(rows, columns), "k": g.put([0.25], g.wide),
                  "scale": g.put([4.0], g.wide)}  # fmt: skip
+        reads |= {"w": g.weights(rows, 1)} if weighted else {}
         total, dx = g.blank(dtype=g.wide), g.blank(rows, columns)
         launch = g.back.elementwise_sum(row.name, graph, reads, total, {"dx": dx}, table=table, tally=tally)
         return launch, {"dx": dx, "total": total, "tally": partial(_tallied, tally, g.wide)}
 
-    return Case(row.name, bind, SUM)
+    return Case(row.name + ", weighted" * weighted, bind, SUM)
 
 
 def _pass_shape(row: Pass, key: str, rows: int, columns: int) -> tuple[int, ...]:
@@ -313,7 +317,7 @@ def _tallied(tally: Any, dtype: npt.DTypeLike) -> Any:
 _CONSTANTS = {
     "lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.01, "rho": 0.9,
     "inside": 0, "outside": 1e-8, "mu": 0.85, "mu_next": 0.86, "mu_product": 0.6, "r": 0.3,
-    "rows": 32, "l1": 0.01, "l2": 0.02,
+    "weight": 32, "l1": 0.01, "l2": 0.02,
 }  # fmt: skip
 _POWERS = {f"{k}_t": _CONSTANTS[k] ** 3 for k in ("beta1", "beta2")}
 
@@ -362,17 +366,19 @@ def _case(label: str, tolerance: float, dtypes: Sequence[str] = DTYPES) -> Calla
     return add
 
 
-def _softmax(labelled: bool, g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+def _softmax(labelled: bool, weighted: bool, g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     target = g.integers(rows, columns) if labelled else g.put(np.abs(g.numbers(rows, columns)) / columns, g.wide)
-    table, tally = g.table({"1 / rows": 1 / rows}), g.back.tally(g.wide)
+    table, tally = g.table({"1 / weight": 1 / rows}), g.back.tally(g.wide)
     dx, total = g.blank(rows, columns), g.blank(dtype=g.wide)
-    launch = g.back.softmax_cross_entropy(g.normal(rows, columns), target, dx, total, table=table, tally=tally,
+    w = g.weights(rows) if weighted else None
+    launch = g.back.softmax_cross_entropy(g.normal(rows, columns), target, dx, total, w=w, table=table, tally=tally,
                                           count=labelled)  # fmt: skip
     return launch, {"dx": dx, "total": total, "tally": partial(_tallied, tally, g.wide)}
 
 
-_case("cross entropy, labels", SUM)(partial(_softmax, True))
-_case("cross entropy, rows", SUM)(partial(_softmax, False))
+for _weighted in (False, True):
+    _case("cross entropy, labels" + ", weighted" * _weighted, SUM)(partial(_softmax, True, _weighted))
+    _case("cross entropy, rows" + ", weighted" * _weighted, SUM)(partial(_softmax, False, _weighted))
 
 
 @_case("top1", EXACT)
@@ -423,18 +429,21 @@ for _axis, _kind in ((1, "layer norm"), (0, "batch norm")):
     _case(f"{_kind} backward", SUM)(partial(_normalize_backward, _axis))
 
 
-def _feed(pixels: bool, g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+def _feed(pixels: bool, weighted: bool, g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     n = rows + 5
     values = g.rng.integers(0, 256, (n, columns)) if pixels else g.numbers(n, columns)
     source = g.put(values, np.uint8 if pixels else g.wide)
     labels, order, y = g.integers(n, 10), g.put(g.rng.permutation(n), np.int64), g.put(np.zeros(rows), np.int64)
     table, x = g.table({}), g.blank(rows, columns)
     table.load(np.zeros((1, 0)), np.array([5]), 1)
-    return g.back.feed(source, labels, order, table, x, y, 1 / 255 if pixels else 1.0), {"x": x, "y": y}
+    outputs = {"x": x, "y": y} | ({"w": g.blank(rows, dtype=g.wide)} if weighted else {})
+    weights = (g.weights(n), outputs["w"]) if weighted else ()
+    return g.back.feed(source, labels, order, table, x, y, 1 / 255 if pixels else 1.0, *weights), outputs
 
 
-_case("feed", EXACT)(partial(_feed, False))
-_case("feed, from uint8", FUNCTION)(partial(_feed, True))
+_case("feed", EXACT)(partial(_feed, False, False))
+_case("feed, weighted", EXACT)(partial(_feed, False, True))
+_case("feed, from uint8", FUNCTION)(partial(_feed, True, False))
 
 
 @_case("gather", EXACT)

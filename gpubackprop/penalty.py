@@ -22,7 +22,8 @@ Strength = float | Callable[[float], float]
 
 @dataclass(frozen=True)
 class Penalty:
-    """l1 · Σ|w| + ½ · l2 · Σw², added to a batch's mean loss: numbers, or functions of the batch's rows."""
+    """l1 · Σ|w| + ½ · l2 · Σw², added to a batch's mean loss: numbers, or functions of how many rows the batch has,
+    by weight where rows have weights."""
 
     l1: Strength = 0.0
     l2: Strength = 0.0
@@ -50,31 +51,31 @@ class Penalty:
         """The columns of the step table that its launch reads."""
         return list(self._scalars)
 
-    def table_rows(self, rows: Floats) -> dict[str, Floats]:
-        """Each column at steps whose batches have so many rows."""
-        each = {n: self._strengths(n) for n in set(rows.tolist())}
-        named = {key: np.array([each[n][key] for n in rows.tolist()]) for key in ("l1", "l2")}
-        return {column: values_of(e, named | {"rows": rows}, rows) for column, e in self._scalars.items()}
+    def table_rows(self, weight: Floats) -> dict[str, Floats]:
+        """Each column at steps whose batches weigh so much: without weights, as many as their rows."""
+        each = {w: self._strengths(w) for w in set(weight.tolist())}
+        named = {key: np.array([each[w][key] for w in weight.tolist()]) for key in ("l1", "l2")}
+        return {column: values_of(e, named | {"weight": weight}, weight) for column, e in self._scalars.items()}
 
     def record(self, arena: Arena, table: StepTable, tally: Tally) -> None:
-        """Launch: the penalty, times the batch's rows, to the tally, and its gradient to the arena's."""
+        """Launch: the penalty, times the batch's weight, to the tally, and its gradient to the arena's."""
         if not (self.name and arena.matrices):
             return
         back, row = arena.backend, PENALTIES[self.name]
         p, g = (buffer[0, : arena.matrices] for buffer in (arena.weights, arena.gradients))
         total = empty(back, (), table.control.dtype)
         reads = {"p": p, "g": g, "scale": table.control[:1]}
-        what = f"total = Σ rows · ({row.value}); g += {row.derivative}"
+        what = f"total = Σ weight · ({row.value}); g += {row.derivative}"
         label, graph = f"{row.name} penalty", row.graph()
         run(total, lambda: back.elementwise_sum(
             label, graph, reads, total, {"g": g}, table=table, tally=tally, what=what))  # fmt: skip
 
-    def value(self, arena: Arena, rows: float) -> float:
-        """What it adds to the mean loss of so many rows, as the weights are."""
+    def value(self, arena: Arena, weight: float) -> float:
+        """What it adds to the mean loss of rows that weigh so much, as the model's weights are."""
         if not (self.name and arena.matrices):
             return 0.0
         back, total = arena.backend, arena.backend.empty((), arena.dtype)
-        strengths = {k: back.asarray(np.array([v], arena.dtype)) for k, v in self._strengths(rows).items()}
+        strengths = {k: back.asarray(np.array([v], arena.dtype)) for k, v in self._strengths(weight).items()}
         graph = {"total": parse(PENALTIES[self.name].value)[RESULT]}
         reads = {"p": arena.weights[0, : arena.matrices]} | {
             k: strengths[k] for k in free_names(*graph.values()) if k != "p"
@@ -82,7 +83,10 @@ class Penalty:
         back.elementwise_sum(f"{self.name} value", graph, reads, total).run()
         return float(back.to_numpy(total))
 
-    def _strengths(self, rows: float) -> dict[str, float]:
-        """l1 and l2 for so many rows."""
+    def _strengths(self, weight: float) -> dict[str, float]:
+        """l1 and l2 for a batch that weighs so much; a function is not asked about one that weighs nothing."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: number("Trainer", f"{k}({rows:g})", v(rows), ">= 0") if callable(v) else v for k, v in found.items()}
+        return {
+            k: number("Trainer", f"{k}({weight:g})", v(weight) if weight else 0.0, ">= 0") if callable(v) else v
+            for k, v in found.items()
+        }

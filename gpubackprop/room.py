@@ -19,12 +19,13 @@ USABLE = 0.9  # of the free memory: the rest is for what the allocator rounds up
 
 
 def explained(
-    error: DeviceMemoryError, trainer: "Trainer", x: Buffer, y: npt.NDArray[Any], batch_size: int
-) -> DeviceMemoryError:
+    error: DeviceMemoryError, trainer: "Trainer", x: Buffer, y: npt.NDArray[Any], w: npt.NDArray[Any] | None,
+    batch_size: int,
+) -> DeviceMemoryError:  # fmt: skip
     """The error with what training in such steps needs, what is free, and the largest batch size that would fit."""
     free, total = trainer.backend.memory() or (error.free, error.total)
-    once, each, per_row = _needs(trainer, x, y, batch_size)
-    data, staged = y.nbytes + 8 * len(x), 0.0  # the order too
+    once, each, per_row = _needs(trainer, x, y, w, batch_size)
+    data, staged = y.nbytes + (0 if w is None else w.nbytes) + 8 * len(x), 0.0  # the order too
     if not is_on_device(x):
         data += x.nbytes
         if too_large(x.nbytes + y.nbytes, free):
@@ -44,13 +45,16 @@ def explained(
     return DeviceMemoryError(error.nbytes, free, total, text)
 
 
-def _needs(trainer: "Trainer", x: Buffer, y: npt.NDArray[Any], batch_size: int) -> tuple[float, float, float]:
+def _needs(
+    trainer: "Trainer", x: Buffer, y: npt.NDArray[Any], w: npt.NDArray[Any] | None, batch_size: int
+) -> tuple[float, float, float]:
     """Bytes of what the trainer has yet to make once, of a step of any size, of each of its rows; by plans alone."""
     twin = type(trainer).__new__(type(trainer))
     twin.__setstate__(copy.deepcopy(trainer.__getstate__()) | {"device": "cuda:plan"})
     resident = []
     for rows in (batch_size, half := batch_size // 2 or 1):
-        plan = twin._plan(x.shape[1], np.zeros((rows, *y.shape[1:]), y.dtype))
+        like = np.zeros((rows, *y.shape[1:]), y.dtype)
+        plan = twin._plan(x.shape[1], like, None if w is None else np.ones(rows, w.dtype))
         plan.discard("feed")  # which reads the data
         resident.append(plan.bytes_resident - _lasting(twin))
     per_row = (resident[0] - resident[1]) / max(1, batch_size - half)

@@ -28,11 +28,11 @@ Array = npt.NDArray[Any]
 
 
 class Source:
-    """Training data on the device and the order its rows are taken in."""
+    """Training data on the device, with weights w of its rows if they have any, and the order they are taken in."""
 
-    def __init__(self, backend: Backend, x: Buffer, y: Buffer) -> None:
+    def __init__(self, backend: Backend, x: Buffer, y: Buffer, w: Buffer | None = None) -> None:
         self.backend = backend
-        self.x, self.y = x, y
+        self.x, self.y, self.w = x, y, w
         self.order = backend.asarray(np.arange(len(x)))
 
     def begin(self, order: Array | None, sizes: Array) -> Array:
@@ -53,7 +53,7 @@ class StagedSource(Source):
     """Training data on the host: batches are gathered into pinned memory and copied beside the step before theirs."""
 
     def __init__(self, backend: Backend, staging: Staging, rows: int) -> None:
-        super().__init__(backend, staging.x, staging.y)
+        super().__init__(backend, staging.x, staging.y, staging.w)
         self.staging, self.permutation = staging, np.arange(rows)
         self.starts = self.sizes = np.zeros(0, np.int64)
 
@@ -111,12 +111,12 @@ class Sums:
         """The first step whose loss was not finite, or 0."""
         return self.tally.read()[1]
 
-    def figures(self, rows: int, y: Array) -> dict[str, float]:
-        """Mean loss and metrics over that many rows, whose targets are y."""
+    def figures(self, rows: int, y: Array, weight: float) -> dict[str, float]:
+        """Mean loss, by weight, and metrics over that many rows of that weight together, whose targets are y."""
         loss, _, correct = self.tally.read()
         read = self.backend.to_numpy
         values = ((m, np.asarray(correct) if sums is None else read(sums)) for m, sums in self.metrics)
-        return {"loss": loss / rows} | {m.name: m.value(v, rows, y) for m, v in values}
+        return {"loss": loss / weight} | {m.name: m.value(v, rows, y) for m, v in values}
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ class Step:
     rows: int
     columns: int
     target_shape: tuple[int, ...]  # of one row: () for labels
+    weighted: bool
     space: Workspace
     dry: bool = False
     plan: Plan = field(init=False, repr=False)
@@ -157,6 +158,7 @@ class Step:
         dtype = np.int64 if self.target_shape == () else self.model.dtype
         self.x = backend.empty((self.rows, self.columns), self.terms.precision.dtype)
         self.target = backend.empty((self.rows, *self.target_shape), dtype)
+        self.w = backend.empty((self.rows,), self.model.dtype) if self.weighted else None
         title = f"training step of {self.rows} rows, {self.model.parameter_count:,} parameters"
         self.plan = Plan(backend, title, dry=self.dry, space=self.space)
         self._ready: dict[tuple[bool, bool], Callable[[], object]] = {}
@@ -199,7 +201,7 @@ class Step:
     def _feed(self) -> None:
         source = self._source
         run(self.x, lambda: self.backend.feed(
-            source.x, source.y, source.order, self.table, self.x, self.target, 1.0))  # fmt: skip
+            source.x, source.y, source.order, self.table, self.x, self.target, 1.0, source.w, self.w))  # fmt: skip
 
     def _before(self) -> None:
         """What moves the weights ahead of the gradient; gradients that batches add up begin at zero."""
@@ -215,8 +217,9 @@ class Step:
         with lowered(self.model, self.terms.precision.dtype), use_tf32(self.terms.precision.tf32):
             with training(self.terms.seed, self.table):
                 output = self.model(Tensor(self.x, back))
-                target = Tensor(self.target, back)
-                root, dy = self.terms.objective.seed(output, target, self.table, self.sums.tally, self.sums.counts)
+                target, sums = Tensor(self.target, back), self.sums
+                weights = None if self.w is None else Tensor(self.w, back)
+                root, dy = self.terms.objective.seed(output, target, self.table, sums.tally, sums.counts, weights)
             self.sums.add(output, target)
             written = backward(root, dy, accumulate=adds) if root.requires_grad else set()
         for key, p in arena.parameters.items():

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -31,6 +31,7 @@ from gpubackprop.precision import precision as precision_named
 from gpubackprop.progress import Bar, Interrupts
 from gpubackprop.rates import rates
 from gpubackprop.room import explained
+from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
 
@@ -192,8 +193,9 @@ class Trainer:
 
     def fit(
         self, x: Any, y: Any, epochs: int = 10, batch_size: int = 128, *,
-        validation_data: tuple[Any, Any] | None = None, shuffle: bool | Order = True,
+        validation_data: tuple[Any, ...] | None = None, shuffle: bool | Order = True,
         callbacks: Sequence[Callback] = (), progress: bool | None = None, stop_below: float | None = None,
+        sample_weight: Any = None, class_weight: Mapping[Any, float] | str | None = None,
     ) -> History:  # fmt: skip
         """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each,
         and for the learning rate where it is scheduled.
@@ -206,6 +208,10 @@ class Trainer:
         that returns True stops; `stop_below` stops at the first epoch whose loss (validation loss, if there is
         validation data) is below it. `progress` shows a bar (None: on a terminal). Ctrl-C lets the step in flight
         finish, then re-raises; completed epochs stay in the history.
+
+        `sample_weight` (n,) says how much each row counts, `class_weight` each label, {label: weight} (others 1) or
+        "balanced" (n / (classes · rows of the class)); of both, the product. A batch's loss is Σ w·loss / Σ w, that of
+        an epoch the same over all rows; metrics do not weigh. `validation_data` is (x, y) or (x, y, weights).
 
         TrainingDiverged if loss or weights are not finite, or no gradient of an epoch is in float16 at any scale of the
         loss; a RuntimeWarning if no step of all epochs was applied while that scale comes down.
@@ -220,24 +226,28 @@ class Trainer:
             )
         if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
             self._prepare(self.model.backend.device, self.state.host(), self._control())
-        x, y = self._data(x, y, "fit")
-        held_out = None if validation_data is None else self._data(*_pair(validation_data), "fit: validation_data")
+        x, y, w = self._data(x, y, "fit", sample_weight, class_weight)
+        held_out = None
+        if validation_data is not None:
+            held_x, held_y, *held_w = _held_out(validation_data)
+            held_out = self._data(held_x, held_y, "fit: validation_data", *held_w)
         batch_size = len(x) if self._searches else min(int(batch_size), len(x))
         try:
-            return self._fit(x, y, int(epochs), batch_size, held_out, shuffle, list(callbacks), progress, stop_below)
+            return self._fit(x, y, w, int(epochs), batch_size, held_out, shuffle, list(callbacks), progress, stop_below)
         except DeviceMemoryError as error:  # whose traceback, and that of its cause, hold what the failed step took
             failed = DeviceMemoryError(error.nbytes, error.free, error.total)
         self._steps.clear()
-        raise explained(failed, self, x, y, batch_size) from None
+        raise explained(failed, self, x, y, w, batch_size) from None
 
     def _fit(
-        self, x: Buffer, y: Array, epochs: int, batch_size: int, held_out: tuple[Buffer, Array] | None,
-        shuffle: bool | Order, callbacks: Sequence[Callback], progress: bool | None, stop_below: float | None,
+        self, x: Buffer, y: Array, w: Array | None, epochs: int, batch_size: int,
+        held_out: tuple[Buffer, Array, Array | None] | None, shuffle: bool | Order, callbacks: Sequence[Callback],
+        progress: bool | None, stop_below: float | None,
     ) -> History:  # fmt: skip
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
         self.model.output_kind = self.objective.head
-        source = self._source(x, y, batch_size)
+        source = self._source(x, y, w, batch_size)
         sums = self._sums_of(y, outputs)
         if (count := -(-len(x) // batch_size)) > self._table.capacity:
             self._table = self._new_table(2 * count, self._control())
@@ -250,9 +260,9 @@ class Trainer:
         try:
             with Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar:
                 for _ in range(epochs):
-                    self._begin_epoch(source, steps, sums, shuffle)
-                    applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar)
-                    figures = sums.figures(len(x), y) | self._rate()
+                    seen = self._begin_epoch(source, steps, sums, shuffle, w)
+                    applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar, seen)
+                    figures = sums.figures(len(x), y, float(seen[-1])) | self._rate()
                     if held_out is not None:
                         figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
                         figures["gap"] = figures["val_loss"] - figures["loss"]
@@ -280,8 +290,9 @@ class Trainer:
         return self.history
 
     def _run_epoch(
-        self, source: Source, steps: Sequence[Step], sums: Sums, keeper: Keeper, interrupts: Interrupts, bar: Bar
-    ) -> bool:
+        self, source: Source, steps: Sequence[Step], sums: Sums, keeper: Keeper, interrupts: Interrupts, bar: Bar,
+        weight: Array,
+    ) -> bool:  # fmt: skip
         """Run every step; where one is cut short, or a value is not finite, go back to the last good epoch.
 
         Whether any step was applied: in float16 it may be none while the scale of the loss comes down.
@@ -302,8 +313,7 @@ class Trainer:
                     self._go_back(keeper, begun)
                 interrupts.deliver()
             if bar.shown and bar.due():
-                seen = i * steps[0].rows + step.rows
-                bar.advance(seen, sums.tally.peek() / seen)
+                bar.advance(i * steps[0].rows + step.rows, sums.tally.peek() / (float(weight[i]) or 1))
         bad = sums.bad_step
         if bad or not keeper.finite():
             self._go_back(keeper, begun)
@@ -321,12 +331,12 @@ class Trainer:
         self.step, self._batches, control = begun
         self.backend.write(self._table.control, control)
 
-    def _source(self, x: Buffer, y: Array, batch_size: int) -> Source:
+    def _source(self, x: Buffer, y: Array, w: Array | None, batch_size: int) -> Source:
         """The data where the steps take it from: on the device, or staged from the host where it would not fit."""
-        staging = None if is_on_device(x) else self.backend.staging(x, y, batch_size)
+        staging = None if is_on_device(x) else self.backend.staging(x, y, w, batch_size)
         if staging is not None:
             return StagedSource(self.backend, staging, len(x))
-        return Source(self.backend, self.backend.asarray(x), self.backend.asarray(y))
+        return Source(self.backend, *(None if a is None else self.backend.asarray(a) for a in (x, y, w)))
 
     def _steps_for(self, source: Source, sums: Sums, n: int, batch_size: int) -> list[Step]:
         """The step of each batch of an epoch: one object per batch size, kept for later fits, fed from this source."""
@@ -334,22 +344,27 @@ class Trainer:
         sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
         chosen: dict[int, Step] = {}
         for rows in dict.fromkeys(sizes):
-            key = (self.model.arena, rows, columns, target, source.y.dtype)
+            key = (self.model.arena, rows, columns, target, source.y.dtype, source.w is not None)
             if key not in self._steps:
                 while len(self._steps) >= KEPT_STEPS:
                     self._steps.popitem(last=False)
-                self._steps[key] = self._new_step(rows, columns, target, sums, self._table)
+                self._steps[key] = self._new_step(rows, columns, target, source.w is not None, sums, self._table)
             self._steps.move_to_end(key)
             chosen[rows] = self._steps[key]
             chosen[rows].attach(source, self._graphs if rows == batch_size else None)  # the ragged batch is rare
         return [chosen[rows] for rows in sizes]
 
-    def _begin_epoch(self, source: Source, steps: Sequence[Step], sums: Sums, shuffle: bool | Order) -> None:
+    def _begin_epoch(
+        self, source: Source, steps: Sequence[Step], sums: Sums, shuffle: bool | Order, w: Array | None
+    ) -> Array:
+        """Shuffle, and load the step table; the weight of all rows seen by the end of each step."""
         sizes = np.array([step.rows for step in steps])
         order = self._order(int(sizes.sum()), shuffle)
-        self._load(self._table, sizes, source.begin(order, sizes))
+        weight = weight_of_batches(w, order, sizes)
+        self._load(self._table, weight, source.begin(order, sizes))
         self._lower()
         sums.clear()
+        return np.cumsum(weight)
 
     def _order(self, rows: int, shuffle: bool | Order) -> Array | None:
         """The order of an epoch's rows; None: as they lie."""
@@ -368,10 +383,11 @@ class Trainer:
         return {"lr": float(rates(lr, np.array([self.step - 1.0]), self.epoch - 1, self.history)[0])}
 
     def _new_step(
-        self, rows: int, columns: int, target: tuple[int, ...], sums: Sums, table: StepTable, dry: bool = False
-    ) -> Step:
+        self, rows: int, columns: int, target: tuple[int, ...], weighted: bool, sums: Sums, table: StepTable,
+        dry: bool = False,
+    ) -> Step:  # fmt: skip
         step = SearchStep if self._searches else Step
-        return step(self.model, self._terms, self.state, table, sums, rows, columns, target, self._space, dry)
+        return step(self.model, self._terms, self.state, table, sums, rows, columns, target, weighted, self._space, dry)
 
     def _lower(self) -> None:
         """Bring the copies in the compute type up to date with what anyone wrote into the weights."""
@@ -389,38 +405,41 @@ class Trainer:
 
     def _new_table(self, steps: int, control: Sequence[float] = ()) -> StepTable:
         """A table for so many steps that goes on from there, or begins."""
-        columns = dict.fromkeys((*self.state.scalars, "1 / rows", *self.penalty.columns))
+        columns = dict.fromkeys((*self.state.scalars, "1 / weight", *self.penalty.columns))
         table = self.backend.step_table(list(columns), self.model.dtype, steps)
         self.backend.write(table.control, control or (self.precision.scale, 1 / self.precision.scale, 1, 0))
         return table
 
-    def _load(self, table: StepTable, sizes: Array, offsets: Array) -> None:
-        """Rows for batches of these sizes, of which `accumulate` make an update."""
-        updates = np.arange(len(sizes)) // self.accumulate
-        rows = np.bincount(updates, sizes)[updates].astype(np.float64)  # of all batches of the update
-        values = self.state.table_rows(self.step, len(sizes), self.epoch, self.history) | {"1 / rows": 1 / rows}
-        values |= self.penalty.table_rows(rows)
+    def _load(self, table: StepTable, weight: Array, offsets: Array) -> None:
+        """Rows for batches that weigh so much and begin at these offsets, of which `accumulate` make an update."""
+        updates = np.arange(len(weight)) // self.accumulate
+        whole_weight = np.bincount(updates, weight)[updates].astype(np.float64)  # of all batches of the update
+        values = self.state.table_rows(self.step, len(weight), self.epoch, self.history)
+        values |= {"1 / weight": inverse(whole_weight)} | self.penalty.table_rows(whole_weight)
         table.load(np.stack([values[c] for c in table.columns], axis=1), offsets, self._batches + 1)
 
     # ---- reading
 
-    def evaluate(self, x: Any, y: Any) -> dict[str, float]:
-        """Mean loss, penalties included, and metrics over the rows, without training behaviour."""
-        return self._figures(*self._data(x, y, "evaluate"))
+    def evaluate(self, x: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
+        """Mean loss, by weight where rows have weights, penalties included, and metrics over the rows, without training
+        behaviour."""
+        return self._figures(*self._data(x, y, "evaluate", sample_weight))
 
-    def _figures(self, x: Array, y: Array) -> dict[str, float]:
+    def _figures(self, x: Array, y: Array, w: Array | None) -> dict[str, float]:
         output, target = (Tensor(self.backend.asarray(a), self.backend) for a in (self.model._predict(x), y))
+        weights = None if w is None else Tensor(self.backend.asarray(w), self.backend)
         sums = self._new_sums(y, output.shape[1])
-        self.objective.tallied(output, target, self._table, sums.tally, sums.counts)
+        self.objective.tallied(output, target, self._table, sums.tally, sums.counts, weights)
         sums.add(output, target)
-        figures = sums.figures(len(y), y)
-        return figures | {"loss": figures["loss"] + self.penalty.value(self.model.arena, len(y))}
+        weight = len(y) if w is None else float(w.sum(dtype=np.float64))
+        figures = sums.figures(len(y), y, weight)
+        return figures | {"loss": figures["loss"] + self.penalty.value(self.model.arena, weight)}
 
     def predict(self, x: Any) -> Any:
         """The raw output for every row (logits, for a classifier), in x's own kind of array."""
         return self.model.predict(x)
 
-    def plan(self, batch_size: int = 128) -> Plan:
+    def plan(self, batch_size: int = 128, *, weighted: bool = False) -> Plan:
         """The training step for a batch of that many rows, bound but not run: print it, add it up, profile it.
 
         It is fed from a stand-in of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
@@ -432,36 +451,45 @@ class Trainer:
         outputs = self._outputs(columns, batch_size, training=True)
         classes = self.objective.classes
         y = np.zeros((batch_size,) if classes else (batch_size, outputs), np.int64 if classes else self.model.dtype)
-        return self._plan(columns, y)
+        return self._plan(columns, y, np.ones(batch_size, self.model.dtype) if weighted else None)
 
-    def _plan(self, columns: int, y: Array) -> Plan:
-        """The step for rows of so many columns with targets like y."""
+    def _plan(self, columns: int, y: Array, w: Array | None = None) -> Plan:
+        """The step for rows of so many columns with targets and weights like y and w."""
         batch_size, outputs = len(y), self._outputs(columns, len(y), training=True)
         table = self._new_table(1)
         self._load(table, np.array([batch_size]), np.zeros(1, np.int64))
         with Plan(self.backend, dry=True, space=self._space).record("copies"):
             self._lower()
-        step = self._new_step(batch_size, columns, y.shape[1:], self._new_sums(y, outputs), table, dry=True)
+        sums = self._new_sums(y, outputs)
+        step = self._new_step(batch_size, columns, y.shape[1:], w is not None, sums, table, dry=True)
         x = self.backend.empty((batch_size, columns), self.model.dtype)
         self.backend.write(x, 0)
-        step.attach(Source(self.backend, x, self.backend.asarray(y)))
+        step.attach(Source(self.backend, x, self.backend.asarray(y), w if w is None else self.backend.asarray(w)))
         step.run()
         return step.plan
 
     # ---- data
 
-    def _data(self, x: Any, y: Any, where: str) -> tuple[Buffer, Array]:
-        """x as checked rows, where it lies; y as checked targets on the host."""
+    def _data(
+        self, x: Any, y: Any, where: str, sample_weight: Any = None,
+        class_weight: Mapping[Any, float] | str | None = None,
+    ) -> tuple[Buffer, Array, Array | None]:  # fmt: skip
+        """x as checked rows, where it lies; y as checked targets, and the weights of the rows if any, on the host."""
         check_one_place(x, y, where)
         if is_on_device(x):
             rows = on_device(x, self.backend, self.model.dtype, self.model.inputs, where, "x")
             y = self.backend.to_numpy(taken(y, self.backend, where, "y"))
+            if is_on_device(sample_weight):
+                sample_weight = self.backend.to_numpy(taken(sample_weight, self.backend, where, "sample_weight"))
         else:
             rows = as_features(x, self.model.dtype, self.model.inputs, where)
             if where == "fit" and self.precision.compute == "float16":
                 as_features(rows, np.float16, None, where)  # what overflows it is named here, by row and column
         check_same_length(rows, y, where)
-        return rows, self.objective.targets(y, self.model.dtype, self._outputs(rows.shape[1], 2), where)
+        outputs = self._outputs(rows.shape[1], 2)
+        targets = self.objective.targets(y, self.model.dtype, outputs, where)
+        weights = row_weights(self.objective, targets, outputs, sample_weight, class_weight, where)
+        return rows, targets, weights if weights is None else weights.astype(self.model.dtype)
 
     def _outputs(self, columns: int, rows: int, training: bool = False, target: Array | None = None) -> int:
         """Columns of the model's output, found by binding its forward without running it: layers check shapes here."""
@@ -542,8 +570,8 @@ def _check_fit(epochs: Any, batch_size: Any, shuffle: Any, callbacks: Any, stop_
         raise TypeError(f"fit: callback {bad[0]!r} is not callable; expected a function of the trainer")
 
 
-def _pair(data: Any) -> tuple[Any, Any]:
-    if not isinstance(data, tuple | list) or len(data) != 2:
+def _held_out(data: Any) -> Sequence[Any]:
+    if not isinstance(data, tuple | list) or len(data) not in (2, 3):
         got = f"{len(data)} items" if isinstance(data, tuple | list) else type(data).__name__
-        raise TypeError(f"fit: validation_data must be (x, y), got {got}")
-    return data[0], data[1]
+        raise TypeError(f"fit: validation_data must be (x, y) or (x, y, weights), got {got}")
+    return data

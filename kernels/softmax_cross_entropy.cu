@@ -1,9 +1,10 @@
 // Softmax and cross-entropy, forward and backward in one launch, with the training step's loss and top-1 count:
-//     dx = s · (Σt · softmax(x) − t),    total = Σ_rows Σ_k −t · log softmax(x),
-// of logits x (rows, classes) and targets t, given as labels or as rows of shares; and top-1 alone, for evaluation.
+//     dx = w · s · (Σt · softmax(x) − t),    total = Σ_rows w · Σ_k −t · log softmax(x),
+// of logits x (rows, classes), targets t, given as labels or as rows of shares, and weights w of the rows (NULL: 1); and
+// top-1 alone, for evaluation. Where a row's weight is 0 both are 0, whatever its logits are.
 //
 // Bytes per element: softmax_cross_entropy_labels T + T, softmax_cross_entropy_rows T + R + T, top1 T. Each operand
-// crosses the bus once. Shares are R, because 16-bit ones would not add up to 1.
+// crosses the bus once; weights cost R more for each row. Shares are R, because 16-bit ones would not add up to 1.
 //
 // Geometry (softmax_geometry, top1_geometry in backends/geometry.py): blockDim.y teams of blockDim.x threads have a row
 // each. Up to 32 · HELD classes (256; 128 at float64) a team is a warp, or the least power of two in it that takes one
@@ -42,6 +43,9 @@ DEVICE void write(T* x, const Vector<W>& v, bool aligned) {
     if (aligned) return store(x, v);
     UNROLL for (int lane = 0; lane < W; ++lane) x[lane] = T(v[lane]);
 }
+
+// factor · v; 0 · NaN is NaN, but a row that counts for nothing must do no harm.
+DEVICE R weighed(R factor, R v) { return factor == R(0) ? R(0) : factor * v; }
 
 // `v` combined over a team, which is the BLOCK or part of a warp; each of its threads gets the result.
 template <bool BLOCK, typename Operation>
@@ -138,7 +142,7 @@ DEVICE Sums held_row(T* dx, const T* x, const Target& target, R s, int classes, 
     weight = target.weight(weight);
     const R factor = weight / sum;
     UNROLL for (int k = 0; k < K && column_of<W>(k) < classes; ++k) {
-        UNROLL for (int lane = 0; lane < W; ++lane) z[k][lane] = s * (z[k][lane] * factor - t[k][lane]);
+        UNROLL for (int lane = 0; lane < W; ++lane) z[k][lane] = weighed(s, z[k][lane] * factor - t[k][lane]);
         write(dx + column_of<W>(k), z[k], aligned);
     }
     return {log(sum) * weight - target.product(product, top), target.right(beaten)};
@@ -173,7 +177,7 @@ DEVICE Sums streamed_row(T* dx, const T* x, const Target& target, R s, int class
         UNROLL for (int lane = 0; lane < W; ++lane) {
             const R shifted = z[lane] - top;
             product += t[lane] * shifted;
-            z[lane] = s * (exp(shifted) * factor - t[lane]);
+            z[lane] = weighed(s, exp(shifted) * factor - t[lane]);
         }
         write(dx + column, z, aligned);
     }
@@ -183,8 +187,8 @@ DEVICE Sums streamed_row(T* dx, const T* x, const Target& target, R s, int class
 // ---- all rows -------------------------------------------------------------------------------------------------------
 
 template <bool BLOCK, int W, template <bool> class Target, typename Given>
-DEVICE Sums by_row(T* __restrict__ dx, const T* __restrict__ x, const Given* __restrict__ target, R s, Index rows,
-        int classes, bool aligned) {
+DEVICE Sums by_row(T* __restrict__ dx, const T* __restrict__ x, const Given* __restrict__ target,
+        const R* __restrict__ weights, R s, Index rows, int classes, bool aligned) {
     Sums sums = {0, 0};
     for (Index top = blockIdx.x * Index(blockDim.y); top < rows; top += gridDim.x * Index(blockDim.y)) {
         // A team without a row takes part in its warp's shuffles: it has row 0, but no column of it.
@@ -192,29 +196,30 @@ DEVICE Sums by_row(T* __restrict__ dx, const T* __restrict__ x, const Given* __r
         const Index row = idle ? 0 : top + threadIdx.y, at = row * classes;
         const int end = idle ? 0 : classes;
         const Target<BLOCK> t(target, row, x + at, end);
+        const R w = weights != nullptr ? weights[row] : R(1);
         Sums of_row;
-        if constexpr (BLOCK) of_row = streamed_row<W>(dx + at, x + at, t, s, end, aligned);
-        else of_row = held_row<W>(dx + at, x + at, t, s, end, aligned);
+        if constexpr (BLOCK) of_row = streamed_row<W>(dx + at, x + at, t, w * s, end, aligned);
+        else of_row = held_row<W>(dx + at, x + at, t, w * s, end, aligned);
         if (threadIdx.x > 0 || idle) continue;
-        sums.loss += of_row.loss;
+        sums.loss += weighed(w, of_row.loss);
         sums.right += of_row.right;
     }
     return sums;
 }
 
 template <int W, template <bool> class Target, typename Given>
-DEVICE Sums by_length(T* __restrict__ dx, const T* __restrict__ x, const Given* __restrict__ target, R s, Index rows,
-        int classes, bool aligned) {
-    if (blockDim.x > WARP) return by_row<true, W, Target>(dx, x, target, s, rows, classes, aligned);
-    return by_row<false, W, Target>(dx, x, target, s, rows, classes, aligned);
+DEVICE Sums by_length(T* __restrict__ dx, const T* __restrict__ x, const Given* __restrict__ target,
+        const R* __restrict__ weights, R s, Index rows, int classes, bool aligned) {
+    if (blockDim.x > WARP) return by_row<true, W, Target>(dx, x, target, weights, s, rows, classes, aligned);
+    return by_row<false, W, Target>(dx, x, target, weights, s, rows, classes, aligned);
 }
 
 template <template <bool> class Target, typename Given>
-DEVICE Sums by_width(T* __restrict__ dx, const T* __restrict__ x, const Given* __restrict__ target, R s, Index rows,
-        int classes, bool aligned) {
-    if (classes % LANES == 0) return by_length<LANES, Target>(dx, x, target, s, rows, classes, aligned);
-    if (classes % 2 == 0) return by_length<2, Target>(dx, x, target, s, rows, classes, aligned);
-    return by_length<1, Target>(dx, x, target, s, rows, classes, aligned);
+DEVICE Sums by_width(T* __restrict__ dx, const T* __restrict__ x, const Given* __restrict__ target,
+        const R* __restrict__ weights, R s, Index rows, int classes, bool aligned) {
+    if (classes % LANES == 0) return by_length<LANES, Target>(dx, x, target, weights, s, rows, classes, aligned);
+    if (classes % 2 == 0) return by_length<2, Target>(dx, x, target, weights, s, rows, classes, aligned);
+    return by_length<1, Target>(dx, x, target, weights, s, rows, classes, aligned);
 }
 
 // count += the rows of a block that are right, in integers, whose order does not matter.
@@ -233,11 +238,11 @@ DEVICE R share(const R* table, const Index* state, int width, int share_at, cons
 extern "C" __global__ void __launch_bounds__(BOUNDS) softmax_cross_entropy_labels(T* __restrict__ dx,
         R* __restrict__ total, R* __restrict__ partials, Word* __restrict__ ticket, R* __restrict__ loss,
         Index* __restrict__ events, const T* __restrict__ x, const Index* __restrict__ labels,
-        const R* __restrict__ table, const Index* __restrict__ state, const R* __restrict__ scale, const int width,
-        const int share_at, const Index rows, const Index classes) {
+        const R* __restrict__ weights, const R* __restrict__ table, const Index* __restrict__ state,
+        const R* __restrict__ scale, const int width, const int share_at, const Index rows, const Index classes) {
     const R s = share(table, state, width, share_at, scale);
     const bool aligned = (misaligned(dx) | misaligned(x)) == 0;
-    const Sums sums = by_width<Label>(dx, x, labels, s, rows, int(classes), aligned);
+    const Sums sums = by_width<Label>(dx, x, labels, weights, s, rows, int(classes), aligned);
     if (loss != nullptr) count_right(events + 1, sums.right);
     conclude(total, partials, ticket, loss, events, state, sums.loss);
 }
@@ -245,11 +250,11 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) softmax_cross_entropy_label
 extern "C" __global__ void __launch_bounds__(BOUNDS) softmax_cross_entropy_rows(T* __restrict__ dx,
         R* __restrict__ total, R* __restrict__ partials, Word* __restrict__ ticket, R* __restrict__ loss,
         Index* __restrict__ events, const T* __restrict__ x, const R* __restrict__ target,
-        const R* __restrict__ table, const Index* __restrict__ state, const R* __restrict__ scale, const int width,
-        const int share_at, const Index rows, const Index classes) {
+        const R* __restrict__ weights, const R* __restrict__ table, const Index* __restrict__ state,
+        const R* __restrict__ scale, const int width, const int share_at, const Index rows, const Index classes) {
     const R s = share(table, state, width, share_at, scale);
     const bool aligned = (misaligned(dx) | misaligned(x) | misaligned(target)) == 0;
-    const Sums sums = by_width<Shares>(dx, x, target, s, rows, int(classes), aligned);
+    const Sums sums = by_width<Shares>(dx, x, target, weights, s, rows, int(classes), aligned);
     if (loss != nullptr) count_right(events + 1, sums.right);
     conclude(total, partials, ticket, loss, events, state, sums.loss);
 }

@@ -2,13 +2,30 @@
 // $placeholders and repeats what follows the marker for each kernel; the comment it puts in front says the bytes per
 // element, which are the floor: each operand once.
 //
-// Operands are flat, or one element, or a column of the step table at row state[0]. total = Σ, in R; if loss is given,
-// it is tallied too (see tally in reduce.cuh). A thread takes every (gridDim.x · blockDim.x)-th run of LANES
-// elements, whether or not it can load them as one vector, so that the bits depend on the size alone; the blocks' sums
-// go to partials (gridDim.x), and the last block to arrive at the ticket adds them up.
+// Operands are flat, or one element, or one for each row of `columns` elements, or a column of the step table at row
+// state[0]. total = Σ, in R; if loss is given, it is tallied too (see tally in reduce.cuh). A thread takes every
+// (gridDim.x · blockDim.x)-th run of LANES elements, whether or not it can load them as one vector, so that the bits
+// depend on the size alone; the blocks' sums go to partials (gridDim.x), and the last block to arrive at the ticket adds
+// them up.
 //
 // Geometry: sum_geometry in geometry.py, from the size alone: one-dimensional, blocks of whole warps.
 #include "reduce.cuh"
+
+namespace gpubackprop {
+
+// For W elements from `at` on, the x of the row that each is in.
+template <int W>
+DEVICE Vector<W> of_rows(const R* __restrict__ x, Index at, Index columns) {
+    Vector<W> v;
+    Index row = at / columns, left = (row + 1) * columns - at;
+    UNROLL for (int lane = 0; lane < W; ++lane, --left) {
+        if (left == 0) ++row, left = columns;
+        v[lane] = x[row];
+    }
+    return v;
+}
+
+}  // namespace gpubackprop
 
 // ---- for each kernel ------------------------------------------------------------------------------------------------
 

@@ -515,6 +515,14 @@ def test_softmax_cross_entropy_shapes(target, residual, back):
         back.softmax_cross_entropy(*(put(back, np.ones(s)) for s in ((5, 3), target, residual, ())))
 
 
+def test_weights_of_softmax_cross_entropy_are_one_for_each_row(back):
+    x, dx, total, w = (put(back, np.ones(s)) for s in ((5, 3), (5, 3), (), (3,)))
+    with pytest.raises(
+        ValueError, match=r"softmax_cross_entropy: shapes do not fit: logits \(5, 3\) with weights \(3,\)"
+    ):
+        back.softmax_cross_entropy(x, x, dx, total, w=w)
+
+
 @pytest.mark.parametrize("rows, classes", [(5, 4), (50, 10), (7, 300), (3, 3000)])
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_step_of_softmax_cross_entropy(rows, classes, soft, back, rng):
@@ -524,7 +532,7 @@ def test_the_step_of_softmax_cross_entropy(rows, classes, soft, back, rng):
     x[0, :2] = x[0].max() + 1  # a tie: the first one counts
     labels[0] = 1
     t = rng.random(x.shape).astype("f") if soft else np.eye(classes, dtype="f")[labels]
-    table, tally = step_table(back, ["1 / rows"], [[1 / rows]], first=5, dtype="f"), back.tally("f")
+    table, tally = step_table(back, ["1 / weight"], [[1 / rows]], first=5, dtype="f"), back.tally("f")
     back.write(table.control, np.array([4, 1, 1, 0]))
     dx, total = junk(back, x.shape, "f"), junk(back, (), "f")
     launch = back.softmax_cross_entropy(
@@ -812,6 +820,9 @@ def test_feed_takes_this_steps_rows_of_the_permutation(dtype, compute, soft, col
     check(order[::-1][6:])
     with pytest.raises(ValueError, match="feed: shapes do not fit"):
         back.feed(*given, steps, junk(back, (4, columns + 1), compute), y, scale)
+    weights = [put(back, np.ones(n, arithmetic(compute))) for n in (10, 3)]
+    with pytest.raises(ValueError, match="feed: shapes do not fit"):
+        back.feed(*given, steps, x, y, scale, *weights)
 
 
 @pytest.mark.parametrize("of", ["total", "sum"])
@@ -876,7 +887,7 @@ def launches(back, rng):
 
     x, w, y, gain, tally = of(500, 64), of(64, 64), of(500, 64), of(64), back.tally("f")
     total, labels = put(back, np.ones(()), "f"), put(back, rng.integers(0, 64, 500))
-    steps = step_table(back, ["k", "1 / rows"], [[2.0, 0.1]] * 9, dtype="f")
+    steps = step_table(back, ["k", "1 / weight"], [[2.0, 0.1]] * 9, dtype="f")
     column, rows = [of(64) for _ in range(3)], [of(500) for _ in range(3)]
     arrays = {k: of(500 * 64) for k in "pg"}
     return {
@@ -884,6 +895,8 @@ def launches(back, rng):
         "elementwise per column": back.elementwise("e", parse("x * b"), {"x": x, "b": gain}, {RESULT: y}),
         "elementwise broadcast": back.elementwise("e", parse("x * b"), {"x": x, "b": of(500, 1)}, {RESULT: y}),
         "elementwise_sum": back.elementwise_sum("s", parse("total = x * x"), {"x": x}, total, table=steps, tally=tally),
+        "elementwise_sum per row": back.elementwise_sum(
+            "s", parse("total = w * x\ny = w * x"), {"x": x, "w": of(500, 1)}, total, {"y": y}),
         "elementwise_columns": back.elementwise_columns("c", parse("x * x"), {"x": x}, y, column[0]),
         "update": back.update("u", parse("p -= k * g"), arrays, steps, advance=True),
         "gradient_norm": back.gradient_norm(y, steps, clip=1.0, dynamic=True),
@@ -894,9 +907,13 @@ def launches(back, rng):
         "gather": back.gather(x.reshape(1, 500, 64), put(back, rng.integers(0, 500, 400)), of(1, 400, 64)),
         "scatter_add": back.scatter_add(of(1, 80, 64), put(back, rng.integers(0, 64, 80)), of(1, 64, 64)),
         "feed": back.feed(x, labels, put(back, np.arange(500)), steps, of(400, 64), put(back, np.zeros(400, int)), 1.0),
+        "feed weighted": back.feed(
+            x, labels, put(back, np.arange(500)), steps, of(400, 64), put(back, np.zeros(400, int)), 1.0,
+            of(500), of(400)),
         "softmax_cross_entropy": back.softmax_cross_entropy(
             x, labels, y, total, table=steps, tally=tally, count=True),
         "softmax_cross_entropy rows": back.softmax_cross_entropy(x, of(500, 64), y, total),
+        "softmax_cross_entropy weighted": back.softmax_cross_entropy(x, labels, y, total, w=of(500)),
         "top1": back.top1(x, labels, tally),
         "normalize": back.normalize(x, gain, gain, 1, 1e-5, y, *rows),
         "normalize_backward": back.normalize_backward(

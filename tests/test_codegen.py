@@ -39,7 +39,8 @@ def test_every_name_renders(row, dtype):
 def test_a_name_prints_all_its_kernels():
     parts = {row: [k.name.removeprefix(f"{row}_") for k in codegen.kernels(row)] for row in codegen.names()}
     assert parts["exp"] == ["forward", "backward"] and parts["power"] == ["forward", "backward", "broadcast"]
-    assert parts["gelu"] == ["forward", "backward", "backward_bias"] and parts["mse"] == ["forward", "backward", "step"]
+    assert parts["gelu"] == ["forward", "backward", "backward_bias"]
+    assert parts["mse"] == ["forward", "backward", "step", "step_weighted"]
     assert parts["nesterov"] == ["before", "before_half", "update", "update_half"]
     assert parts["adam"] == ["update", "update_half"]
 
@@ -89,7 +90,13 @@ def test_unknown_names_are_errors():
 
 def test_bytes_per_element_are_the_floor():
     floor = {"relu_forward": 8, "relu_backward": 12, "sgd_update": 12, "momentum_update": 20, "adam_update": 28}
-    floor |= {"relu_backward_bias": 12, "identity_backward_bias": 4, "mse_forward": 8, "mse_step": 12}
+    floor |= {
+        "relu_backward_bias": 12,
+        "identity_backward_bias": 4,
+        "mse_forward": 8,
+        "mse_step": 12,
+        "mse_step_weighted": 12,
+    }
     assert {k: KERNELS[k].bytes("float32") for k in floor} == floor
     assert KERNELS["gelu_forward"].bytes("float32") == 12  # it keeps the pre-activation too
     assert KERNELS["adam_update"].bytes("float16") == 14

@@ -246,11 +246,11 @@ def small(monkeypatch, memory):
     return backend, np.tile(x, (10, 1)), np.tile(y, 10)
 
 
-def advised(t, *data, batch_size):
+def advised(t, *data, batch_size, **weights):
     with pytest.raises(
         DeviceMemoryError, match=r"^fit: steps of [\d,]+ rows need [\d,]+ bytes beside the weights"
     ) as told:
-        t.fit(*data, epochs=1, batch_size=batch_size)
+        t.fit(*data, epochs=1, batch_size=batch_size, **weights)
     found = re.search(r"free on cuda:0; batch_size=(\d+) would fit; the model is as after epoch \d$", str(told.value))
     return int(found[1])
 
@@ -259,7 +259,7 @@ def advised(t, *data, batch_size):
 @pytest.mark.parametrize("memory, options", [
     (4_200_000, {}),
     (2_400_000, {"precision": "float16"}),
-    (3_400_000, {"optimizer": gb.SGD(0.1)}),
+    (3_400_000, {"optimizer": gb.SGD(0.1), "class_weight": "balanced"}),
     (4_200_000, {"on device": True}),
     (9_000_000, {"columns": 1024}),
 ])  # fmt: skip
@@ -267,6 +267,7 @@ def test_the_batch_size_advised_fits_and_a_larger_one_does_not(cuda, monkeypatch
     """On data that stays on the device, or (1,024 columns) that does not; the last batch has a step of its own."""
     backend, rows, labels = small(monkeypatch, memory)
     options = {**options}
+    weights = {"class_weight": options.pop("class_weight", None)}
     rows = np.tile(rows, options.pop("columns", 64) // 64)
     if options.pop("on device", False):
         rows, labels = on(backend, rows), on(backend, labels)
@@ -275,15 +276,15 @@ def test_the_batch_size_advised_fits_and_a_larger_one_does_not(cuda, monkeypatch
         return gb.Trainer(gb.mlp([rows.shape[1], 128, 128, 10]).initialize(0), seed=0, device="cuda", **options)
 
     t, free = make(), backend.memory()
-    fits = advised(t, rows, labels, batch_size=asked)
-    t.fit(rows, labels, epochs=1, batch_size=fits)
+    fits = advised(t, rows, labels, batch_size=asked, **weights)
+    t.fit(rows, labels, epochs=1, batch_size=fits, **weights)
     assert t.epoch == 1
     del t
     gc.collect()  # of the caught error, which holds frames
     t = make()
     assert backend.memory()[0] > 0.99 * free[0]  # but for scratch
     with pytest.raises(DeviceMemoryError):
-        t.fit(rows, labels, epochs=1, batch_size=int(1.3 * fits))
+        t.fit(rows, labels, epochs=1, batch_size=int(1.3 * fits), **weights)
 
 
 def test_full_memory_changes_neither_model_nor_history(cuda, monkeypatch):

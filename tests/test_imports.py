@@ -25,7 +25,7 @@ LEVELS = [
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
     {"moments", "penalty"},
     {"step", "progress", "checkpoint", "scaling"},
-    {"room", "callbacks", "lbfgs"},
+    {"room", "callbacks", "lbfgs", "row_weights"},
     {"trainer"},
     {"range_test", "guessing", "diagnostics"},
     {"nan_search", "report"},

@@ -99,6 +99,13 @@ def test_a_training_step_is_one_call(activation, optimizer, monkeypatch):
     native.blas_product.cache_clear()
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("loss, units", [("cross_entropy", 3), ("mse", 1), ("half_mse", 3), ("bce", 1), ("bce", 2)])
+def test_a_step_of_weighted_rows_is_one_call(loss, units, rows):
+    plan = gb.Trainer(gb.mlp([5, 8, units]), loss, device="cpu", seed=0, metrics=[]).plan(rows, weighted=True)
+    assert {n.name for n in plan.launches if not compiled(n)} <= {"gemm"}
+
+
 @pytest.mark.parametrize("dtype", host.DTYPES)
 @pytest.mark.parametrize("shape", [(32, 64, 48), (7, 65, 3), (1, 40, 9), (40, 1, 9), (40, 9, 1), (130, 300, 70)])
 def test_products_are_those_of_numpy(shape, dtype, rng):
@@ -347,7 +354,7 @@ def test_helpers_stay_off_the_callers_core(tmp_path):
 
 def test_a_launch_keeps_the_table_that_it_reads():
     back = get_backend("cpu")
-    table = back.step_table(["1 / rows"], np.float32, 1)
+    table = back.step_table(["1 / weight"], np.float32, 1)
     launch, still_there = back.advance(table), weakref.ref(table)
     del table
     gc.collect()

@@ -243,6 +243,17 @@ for how, over in (("mean", np.mean), ("sum", np.sum)):
         lambda x, o=over: o(bce(x, T01).mean(1)),
         (3, 2),
     )
+WEIGHTS = np.array([0.5, 0.0, 2.0, 1.25])
+for how, over in (("mean", lambda rows: rows @ WEIGHTS / WEIGHTS.sum()), ("sum", lambda rows: rows @ WEIGHTS)):
+    case(f"cross-entropy of weighted rows {how}",
+         lambda x, h=how: gb.softmax_cross_entropy(x, LABELS, h, WEIGHTS),
+         lambda x, o=over: o(cross_entropy(x, np.eye(4)[LABELS])), (4, 4))  # fmt: skip
+    case(f"mse of weighted rows {how}",
+         lambda x, h=how: gb.mse(x, np.ones(x.shape, x.dtype), h, WEIGHTS),
+         lambda x, o=over: o(((x - 1) ** 2).mean((1, 2))), (4, 2, 3))  # fmt: skip
+    case(f"bce of a weighted vector {how}",
+         lambda x, h=how: gb.bce_with_logits(x, np.ones(x.shape, x.dtype), h, WEIGHTS),
+         lambda x, o=over: o(bce(x, np.ones(4))), (4,))  # fmt: skip
 case("losses of no rows", lambda x: gb.mse(x, x.detach(), "sum") + gb.softmax_cross_entropy(x, np.zeros(0, int), "sum"),
      lambda x: np.zeros(()), (0, 2))  # fmt: skip
 case("layer_norm", gb.layer_norm, lambda x, g, b: norm(x, g, b, -1), (4, 5), (5,), (5,))
@@ -456,6 +467,11 @@ ERRORS = [
     (lambda: gb.mse(LEAF, LEAF[0]), ValueError, r"mse: the output has shape \(2, 3\) but the target \(3,\)"),
     (lambda: gb.mse(LEAF, LEAF), ValueError, "mse: the target requires a gradient; detach"),
     (lambda: gb.mse(LEAF[:0], np.ones((0, 3))), ValueError, "mse: the mean over an empty batch has no value"),
+    (lambda: gb.mse(LEAF, LEAF.detach(), weights=[1, 2, 3]), ValueError,
+     r"mse: the weights have shape \(3,\) and dtype float64, but .* shape \(2, 3\); expected \(2,\) of float64"),
+    (lambda: gb.softmax_cross_entropy(LEAF, [0, 1], weights=gb.tensor(np.ones(2, "f"))), ValueError,
+     r"softmax_cross_entropy: the weights have .* dtype float32, but .*; expected \(2,\) of float64"),
+    (lambda: gb.sse(LEAF, LEAF.detach(), weights=[0, 0]), ValueError, "sse: the mean over rows whose weights sum to 0"),
     (lambda: gb.dropout(LEAF, 1.0), ValueError, r"dropout: rate 1.0 is not in \[0, 1\)"),
     (lambda: gb.dropout(LEAF, -0.1), ValueError, "dropout: rate"),
     (lambda: gb.noise(LEAF, -0.1), ValueError, r"noise: sigma -0.1 is not in \[0, inf\)"),
@@ -789,6 +805,21 @@ def test_torch_agrees(rng):
             np.testing.assert_allclose(y.numpy(), z.detach().numpy(), rtol=1e-12, atol=1e-13, err_msg=key)
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(a.grad.numpy(), b.grad.numpy(), rtol=1e-11, atol=1e-12, err_msg=key)
+
+
+@pytest.mark.skipif(torch is None, reason="torch is not installed")
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_torch_agrees_on_cross_entropy_weighted_by_class(reduction, rng):
+    x, labels, weights = rng.normal(size=(50, 4)), rng.integers(0, 4, 50), rng.random(4)
+    ours, theirs = gb.tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
+    loss = gb.softmax_cross_entropy(ours, labels, reduction, weights[labels])
+    other = torch.nn.functional.cross_entropy(
+        theirs, torch.tensor(labels), torch.tensor(weights), reduction=reduction
+    )  # fmt: skip
+    loss.backward()
+    other.backward()
+    np.testing.assert_allclose(loss.item(), other.item(), rtol=1e-13)
+    np.testing.assert_allclose(ours.grad.numpy(), theirs.grad.numpy(), rtol=1e-12, atol=1e-16)
 
 
 def test_gradcheck_is_relative_to_the_gradient_and_shows_true_numbers():

@@ -17,8 +17,9 @@ from gpubackprop.formulas import Expr, walk
 
 __all__ = [
     "CONTROL", "GROWTH_STEPS", "LARGEST_SCALE", "Backend", "Buffer", "CaptureError", "Graph", "Launch", "Staging",
-    "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "flops_of", "is_on_device",
-    "owned", "setting", "tf32", "too_large", "use_tf32", "use_workspace", "workspace",
+    "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "expect_rows", "expect_softmax", "flops_of",
+    "is_on_device", "one_per_row", "owned", "setting", "softmax_equation", "tf32", "too_large", "use_tf32",
+    "use_workspace", "workspace",
 ]  # fmt: skip
 
 Buffer = Any  # a NumPy or CuPy array: C-contiguous unless a primitive says otherwise
@@ -89,10 +90,11 @@ class Tally(Protocol):
 
 
 class Staging(Protocol):
-    """Two places on the device, of `rows` rows each in x and y, that are filled from the host beside the work there."""
+    """Two places on the device, of `rows` rows each in x, y and w, filled from the host beside the work there."""
 
     x: Buffer
     y: Buffer
+    w: Buffer | None
     rows: int
 
     def put(self, slot: int, index: npt.NDArray[np.intp]) -> None:
@@ -187,6 +189,29 @@ def expect(label: str, holds: bool, got: str) -> None:
         raise ValueError(f"{label}: shapes do not fit: {got}")
 
 
+def expect_rows(*pairs: tuple[Buffer, Buffer]) -> None:
+    """Raise unless a feed's batches take rows of their sources; but for the first they are copied as they are."""
+    of, into = ([pair[i].shape for pair in pairs] for i in (0, 1))
+    fits = all(source.shape[1:] == batch.shape[1:] and len(batch) == len(pairs[0][1]) for source, batch in pairs)
+    fits = fits and all(source.dtype == batch.dtype for source, batch in pairs[1:])
+    expect("feed", fits, f"{', '.join(map(str, of))} into {', '.join(map(str, into))}")
+
+
+def expect_softmax(x: Buffer, target: Buffer, dx: Buffer, w: Buffer | None) -> None:
+    """Raise unless a softmax_cross_entropy's target, gradient and weights are those of its logits."""
+    fits = target.shape in (x.shape[:1], x.shape) and dx.shape == x.shape
+    expect("softmax_cross_entropy", fits, f"logits {x.shape} with target {target.shape}")
+    if w is not None:
+        expect("softmax_cross_entropy", w.shape == x.shape[:1], f"logits {x.shape} with weights {w.shape}")
+
+
+def softmax_equation(weighted: bool, step: bool) -> str:
+    """What a softmax_cross_entropy computes, for people."""
+    w, of_batch = ("w·", " / Σw") if weighted else ("", " / rows")
+    difference = "(softmax(x) − t)" if weighted or step else "softmax(x) − t"
+    return f"total = Σ −{w}t·log softmax(x); dx = {w}{difference}{of_batch * step}"
+
+
 def common(
     label: str, reads: Mapping[str, Buffer], writes: Mapping[str, Buffer], extra: Sequence[Buffer] = ()
 ) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -202,6 +227,11 @@ def common(
     shape = np.broadcast_shapes(*(a.shape for a in (*reads.values(), *writes.values())))
     expect(label, all(a.shape == shape for a in writes.values()), f"{[a.shape for a in arrays]}")
     return shape, np.dtype(np.float32) if narrow else arrays[0].dtype
+
+
+def one_per_row(a: Buffer, shape: tuple[int, ...]) -> bool:
+    """Whether the buffer has an element for each row of arrays of that shape, of more than one element to a row."""
+    return bool(a.shape == (*shape[:1], *(1,) * (len(shape) - 1)) != shape and a.flags.c_contiguous)
 
 
 def owned(kind: type[_Value], thing: Any, what: str) -> _Value:
@@ -247,7 +277,9 @@ class Backend(Protocol):
     def step_table(self, columns: Sequence[str], dtype: npt.DTypeLike, steps: int) -> StepTable:
         """A table with these columns and room for that many rows."""
 
-    def staging(self, x: npt.NDArray[Any], y: npt.NDArray[Any], rows: int) -> Staging | None:
+    def staging(
+        self, x: npt.NDArray[Any], y: npt.NDArray[Any], w: npt.NDArray[Any] | None, rows: int
+    ) -> Staging | None:
         """Places for batches of data that stay on the host; None for data that the device has room for."""
 
     def tally(self, dtype: npt.DTypeLike) -> Tally: ...
@@ -286,7 +318,10 @@ class Backend(Protocol):
         tally: Tally | None = None,
         what: str = "",
     ) -> Launch:
-        """total = Σ graph["total"] over all elements, of shape (), added to the tally too; writes[k] = graph[k]."""
+        """total = Σ graph["total"] over all elements, of shape (), added to the tally too; writes[k] = graph[k].
+
+        A read has the shape of the writes, or one element, or one for each row (rows, 1).
+        """
 
     def update(
         self,
@@ -346,9 +381,11 @@ class Backend(Protocol):
         """out[:, index[i]] += dy[:, i], in the order of i: deterministic."""
 
     def feed(
-        self, source_x: Buffer, source_y: Buffer, order: Buffer, table: StepTable, x: Buffer, y: Buffer, scale: float
-    ) -> Launch:
-        """x, y = scale · source_x, source_y at order[offset : offset + len(x)], the offset being this step's."""
+        self, source_x: Buffer, source_y: Buffer, order: Buffer, table: StepTable, x: Buffer, y: Buffer, scale: float,
+        source_w: Buffer | None = None, w: Buffer | None = None,
+    ) -> Launch:  # fmt: skip
+        """x, y, w = scale · source_x, source_y, source_w at order[offset : offset + len(x)], the offset being this
+        step's. Weights w (rows,) of the rows have the type that x is computed with."""
 
     def softmax_cross_entropy(
         self,
@@ -357,14 +394,16 @@ class Backend(Protocol):
         dx: Buffer,
         total: Buffer,
         *,
+        w: Buffer | None = None,
         table: StepTable | None = None,
         tally: Tally | None = None,
         count: bool = False,
     ) -> Launch:
-        """total = Σ_rows −Σ_k t·log softmax(x), also added to the tally; dx = s · ((Σt)·softmax(x) − t).
+        """total = Σ_rows −w·Σ_k t·log softmax(x), also added to the tally; dx = w · s · ((Σt)·softmax(x) − t).
 
-        target holds labels or rows t. s = 1, or with a table its column "1 / rows" times the scale of the loss.
-        count=True adds to the tally the rows whose largest element stands at the label.
+        target holds labels or rows t, w (rows,) weights; None: 1; where one is 0 so is the row's part. s = 1, or with a
+        table its column "1 / weight" times the scale of the loss. count=True adds to the tally the rows whose largest
+        element stands at the label.
         """
 
     def top1(self, x: Buffer, labels: Buffer, tally: Tally) -> Launch:

@@ -103,21 +103,22 @@ def _binary(row: formulas.Binary) -> list[Skeleton]:
 
 
 def _loss(row: formulas.Loss) -> list[Skeleton]:
-    """Its sum, its derivative, and both in one pass as a training step has them; k is the share of one element."""
-    forward, derivative = (formulas.parse(text)[formulas.RESULT] for text in (row.forward, row.derivative))
-    k, dy, scale, mean = map(formulas.name, ("k", "dy", "scale", "s0"))
-    total = formulas.apply("*", k, forward)
-
-    def back(dy: formulas.Expr) -> formulas.Expr:
-        return formulas.chain(formulas.apply("*", dy, k), derivative)
-
+    """Its sum, its derivative, and both in one pass as a training step has them, without and with a weight w for each
+    row; k is the share of one element."""
+    plain = row.graph(formulas.name("dy"))
+    scale, table = formulas.value("scale * s0"), {"s0": formulas.value("1 / weight")}
+    dx = f"dx = scale / weight * k * ({row.derivative})"
     return [
-        Sum(f"{row.name}_forward", {"total": total}, f"total = Σ k * ({row.forward})", single=("k",)),
-        Kernel(f"{row.name}_backward", {"dx": back(dy)}, f"dx = dy * k * ({row.derivative})", single=("dy", "k")),
+        Sum(f"{row.name}_forward", {"total": plain["total"]}, f"total = Σ k * ({row.forward})", single=("k",)),
+        Kernel(f"{row.name}_backward", {"dx": plain["dx"]}, f"dx = dy * k * ({row.derivative})", single=("dy", "k")),
         Sum(
-            f"{row.name}_step", {"total": total, "dx": back(formulas.apply("*", scale, mean))},
-            f"total = Σ k * ({row.forward}), dx = scale / rows * k * ({row.derivative}), fused",
-            single=("k", "scale"), table={"s0": formulas.parse("1 / rows")[formulas.RESULT]}, wide=("scale",),
+            f"{row.name}_step", row.graph(scale), f"total = Σ k * ({row.forward}), {dx}, fused",
+            single=("k", "scale"), table=table, wide=("scale",),
+        ),
+        Sum(
+            f"{row.name}_step_weighted", row.graph(scale, weighted=True),
+            f"the same, both times w of the row: total = Σ w * k * ({row.forward})",
+            single=("k", "scale"), table=table, wide=("scale", "w"), per_row=("w",),
         ),
     ]  # fmt: skip
 
@@ -128,7 +129,7 @@ def _pass(row: formulas.Pass) -> list[Skeleton]:
 
 def _penalty(row: formulas.Penalty) -> list[Skeleton]:
     graph, scalars = formulas.hoist(row.graph(), ("p", "g", "scale"))
-    what = f"total = Σ rows * ({row.value}), g += scale * ({row.derivative}), fused"
+    what = f"total = Σ weight * ({row.value}), g += scale * ({row.derivative}), fused"
     return [Sum(f"{row.name}_penalty", graph, what, single=("scale",), table=scalars)]
 
 

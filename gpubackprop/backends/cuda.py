@@ -21,9 +21,13 @@ from gpubackprop.backends.base import (
     arithmetic,
     common,
     expect,
+    expect_rows,
+    expect_softmax,
     flops_of,
     is_on_device,
+    one_per_row,
     owned,
+    softmax_equation,
     tf32,
     too_large,
     workspace,
@@ -116,10 +120,12 @@ class CudaBackend:
         """A tally of zeros."""
         return CudaTally(self, dtype)
 
-    def staging(self, x: npt.NDArray[Any], y: npt.NDArray[Any], rows: int) -> CudaStaging | None:
+    def staging(
+        self, x: npt.NDArray[Any], y: npt.NDArray[Any], w: npt.NDArray[Any] | None, rows: int
+    ) -> CudaStaging | None:
         """Places for batches of data that would take more than half of the free memory; see Backend."""
         free, _ = self.memory()
-        return CudaStaging(self, x, y, rows) if too_large(x.nbytes + y.nbytes, free) else None
+        return CudaStaging(self, x, y, w, rows) if too_large(x.nbytes + y.nbytes, free) else None
 
     # ---- sequences and graphs
 
@@ -196,13 +202,15 @@ class CudaBackend:
         if not size:
             return self.fill(total, 0.0)
         formula = Formula(graph, reads, writes, table and _cuda(table), self.driver.address)
-        expect(label, not formula.irregular(shape), f"operands of {shape} that broadcast")
-        source, kernel = formula.source("Sum", label)
+        per_row = formula.irregular(shape)
+        fits = all(one_per_row(formula.arrays[k], shape) for k in per_row)
+        expect(label, fits, f"operands of {shape} that broadcast")
+        source, kernel = formula.source("Sum", label, per_row=per_row)
         state = None if table is None and tally is None else _cuda(table).state
         place = sum_geometry(size, formula.lanes)
-        call = self._formula_kernel(
-            source, kernel, formula, place, total=total, state=state, size=size, **_tallied(tally)
-        )
+        more: dict[str, Any] = {"total": total, "state": state, "size": size} | _tallied(tally)
+        more |= {"columns": math.prod(shape[1:])} if per_row else {}
+        call = self._formula_kernel(source, kernel, formula, place, **more)
         flops = flops_of(graph, shape) + size
         return self._launch(label, what, reads, {"total": total, **writes, **_buffers(tally)}, flops, [call])
 
@@ -364,41 +372,42 @@ class CudaBackend:
     # ---- the training step
 
     def feed(
-        self, source_x: Buffer, source_y: Buffer, order: Buffer, table: StepTable, x: Buffer, y: Buffer, scale: float
-    ) -> Launch:
-        """x, y = this step's rows of the data in the given order; see Backend."""
-        fits = source_x.shape[1:] == x.shape[1:] and source_y.shape[1:] == y.shape[1:] and source_y.dtype == y.dtype
-        expect("feed", fits and len(x) == len(y), f"{source_x.shape}, {source_y.shape} into {x.shape}, {y.shape}")
+        self, source_x: Buffer, source_y: Buffer, order: Buffer, table: StepTable, x: Buffer, y: Buffer, scale: float,
+        source_w: Buffer | None = None, w: Buffer | None = None,
+    ) -> Launch:  # fmt: skip
+        """x, y, w = this step's rows of the data in the given order; see Backend."""
+        expect_rows((source_x, x), (source_y, y), *(() if w is None else ((source_w, w),)))
         steps = _cuda(table)
         types = {"T": _float(x), "S": source_x.dtype, "O": x.dtype, "Y": y.dtype}
         source = cpp.file_unit("feed.cu", types["T"].name, SOURCE=source_x.dtype.name, OUTPUT=x.dtype.name,
                                TARGET=y.dtype.name)  # fmt: skip
         columns_y = math.prod(y.shape[1:])
         arguments = {
-            "x": x, "y": y, "source_x": source_x, "source_y": source_y, "permutation": order, "offsets": steps.offsets,
-            "state": steps.state, "scale": scale, "rows": len(x), "columns_x": x.shape[1], "columns_y": columns_y,
+            "x": x, "y": y, "w": w, "source_x": source_x, "source_y": source_y, "source_w": source_w,
+            "permutation": order, "offsets": steps.offsets, "state": steps.state, "scale": scale, "rows": len(x),
+            "columns_x": x.shape[1], "columns_y": columns_y,
         }  # fmt: skip
         shape = geometry.feed_geometry(len(x), x.shape[1], x.dtype.itemsize)
         call = self._kernel(source, "feed", types, shape, arguments)
-        reads = {"rows of x": _Extent(x.size * source_x.dtype.itemsize, source_x), "rows of y": y}
-        return self._launch("feed", "the batch's rows of the data", reads, {"x": x, "y": y}, 0, [call])
+        writes = {"x": x, "y": y} | ({} if w is None else {"w": w})
+        reads = writes | {"x": _Extent(x.size * source_x.dtype.itemsize, source_x)}
+        return self._launch("feed", "the batch's rows of the data", reads, writes, 0, [call])
 
     def softmax_cross_entropy(
-        self, x: Buffer, target: Buffer, dx: Buffer, total: Buffer, *, table: StepTable | None = None,
-        tally: Tally | None = None, count: bool = False,
+        self, x: Buffer, target: Buffer, dx: Buffer, total: Buffer, *, w: Buffer | None = None,
+        table: StepTable | None = None, tally: Tally | None = None, count: bool = False,
     ) -> Launch:  # fmt: skip
         """total and dx of the rows; rows right are counted in any case; see Backend."""
-        rows, classes = x.shape
-        labels = target.ndim == 1
-        expect("softmax_cross_entropy", target.shape == ((rows,) if labels else x.shape) and dx.shape == x.shape,
-               f"logits {x.shape} with target {target.shape}")  # fmt: skip
-        arguments = {"dx": dx, "total": total, "x": x, "labels" if labels else "target": target, "rows": rows}
+        expect_softmax(x, target, dx, w)
+        (rows, classes), labels = x.shape, target.ndim == 1
+        arguments = {"dx": dx, "total": total, "x": x, "labels" if labels else "target": target, "weights": w,
+                     "rows": rows}  # fmt: skip
         arguments |= {"classes": classes} | _share(table if tally is None else _cuda(table)) | _tallied(tally)
         kernel = f"softmax_cross_entropy_{'labels' if labels else 'rows'}"
         shape = geometry.softmax_geometry(rows, classes, x.dtype.itemsize)
         call = self._file_kernel("softmax_cross_entropy.cu", kernel, x, shape, arguments)
-        what = f"total = Σ −t·log softmax(x); dx = {'(softmax(x) − t) / rows' if table else 'softmax(x) − t'}"
-        reads, writes = {"x": x, "target": target}, {"dx": dx, "total": total, **_buffers(tally)}
+        reads = {"x": x, "target": target} | ({} if w is None else {"w": w})
+        writes, what = {"dx": dx, "total": total, **_buffers(tally)}, softmax_equation(w is not None, table is not None)
         return self._launch("softmax_cross_entropy", what, reads, writes, 8 * x.size, [call])
 
     def top1(self, x: Buffer, labels: Buffer, tally: Tally) -> Launch:
@@ -599,7 +608,7 @@ def _share(table: StepTable | None) -> dict[str, Any]:
         return {"table": None, "state": None, "width": 0, "share_at": -1, "scale": None}
     steps = _cuda(table)
     return {"table": steps.table, "state": steps.state, "width": steps.width,
-            "share_at": steps.columns.index("1 / rows"), "scale": steps.control}  # fmt: skip
+            "share_at": steps.columns.index("1 / weight"), "scale": steps.control}  # fmt: skip
 
 
 def _tallied(tally: Tally | None) -> dict[str, Any]:

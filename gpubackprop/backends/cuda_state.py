@@ -108,11 +108,14 @@ class CudaStaging:
     is on its way: whoever lets go of a staging waits first.
     """
 
-    def __init__(self, backend: "CudaBackend", x: npt.NDArray[Any], y: npt.NDArray[Any], rows: int) -> None:
+    def __init__(
+        self, backend: "CudaBackend", x: npt.NDArray[Any], y: npt.NDArray[Any], w: npt.NDArray[Any] | None, rows: int
+    ) -> None:
         self.driver = driver = backend.driver
-        self.rows, self.sources = rows, (x, y)
-        shapes = [(2 * rows, *a.shape[1:]) for a in (x, y)]
-        self.x, self.y = (backend.empty(s, a.dtype) for s, a in zip(shapes, self.sources, strict=True))
+        self.rows, self.sources = rows, (x, y) if w is None else (x, y, w)
+        shapes = [(2 * rows, *a.shape[1:]) for a in self.sources]
+        self._buffers = [backend.empty(s, a.dtype) for s, a in zip(shapes, self.sources, strict=True)]
+        self.x, self.y, self.w = (*self._buffers, None)[:3]
         with driver.scope():
             self._pinned = [driver.empty(s, a.dtype, pinned=True) for s, a in zip(shapes, self.sources, strict=True)]
         self._lent = [backend.streams.lend() for _ in range(3)]
@@ -125,7 +128,7 @@ class CudaStaging:
         with driver.scope():
             driver.synchronize(self._marks[slot])  # the slot's last batch has left the pinned memory
             driver.order(driver.current(), self._copying)
-            for source, pinned, buffer in zip(self.sources, self._pinned, (self.x, self.y), strict=True):
+            for source, pinned, buffer in zip(self.sources, self._pinned, self._buffers, strict=True):
                 np.take(source, index, 0, out=pinned[part], mode="clip")
                 driver.copy(pinned[part], buffer[part], self._copying)
             driver.order(self._copying, self._marks[slot])

@@ -34,12 +34,14 @@ INSTRUCTION_SETS = {
 class Loop:
     """A graph over arrays and scalars, in the order of its job: outputs y0 …, inputs a0 …, scalars s0 …
 
-    Names in `columnwise` are broadcast over the rows, those in `single` are arrays of one element.
+    Names in `columnwise` are broadcast over the rows, that in `rowwise`, of which a sum takes one, over the columns;
+    those in `single` are arrays of one element.
     """
 
     skeleton: str  # map, columns or sum
     graph: tuple[tuple[str, formulas.Expr], ...]
     columnwise: tuple[str, ...]
+    rowwise: tuple[str, ...]
     single: tuple[str, ...]
     # what the caller calls them
     outputs: tuple[str, ...]
@@ -49,7 +51,7 @@ class Loop:
     @property
     def what(self) -> str:
         """The equations; for each input how it is broadcast."""
-        kinds = (f"; {k} {kind}" for kind in ("columnwise", "single") for k in getattr(self, kind))
+        kinds = (f"; {k} {kind}" for kind in ("columnwise", "rowwise", "single") for k in getattr(self, kind))
         return f"{self.skeleton}: " + "; ".join(f"{k} = {formulas.describe(e)}" for k, e in self.graph) + "".join(kinds)
 
     @cached_property
@@ -67,20 +69,22 @@ class Loop:
     def cost(self) -> int:
         """What an element takes, in about 0.1 ns: its arrays, a quarter of its operations, eight for a function."""
         nodes = [n.op for n in formulas.walk(e for _, e in self.graph) if n.args]
-        arrays = len(self.written) + len(self.inputs) - len(self.single) - len(self.columnwise)
+        arrays = len(self.written) + len(self.inputs) - len((*self.single, *self.columnwise, *self.rowwise))
         return arrays + len(nodes) // 4 + 8 * sum(op in SLOW for op in nodes)
 
     def source(self) -> str:
         """The skeleton filled in."""
         inputs = [f"a{i}" for i in range(len(self.inputs))]
         ones = [*self.single, *(f"s{i}" for i in range(len(self.scalars)))]
-        arrays = [*self.written, *(k for k in inputs if k not in self.single)]
+        arrays = [*self.written, *(k for k in inputs if k not in (*self.single, *self.rowwise))]
         places = {k: i for i, k in enumerate((*self.written, *inputs, *ones[len(self.single) :]))}
 
         def pointers() -> Iterator[str]:
             for k in arrays:
                 const, start = "const " * (k not in self.written), "column" if k in self.columnwise else "at"
                 yield f"{const}R* const {k}_ = pointer<{const}R>(job[{places[k]}]) + {start};"
+            for k in self.rowwise:
+                yield f"const R* const {k}_ = pointer<const R>(job[{places[k]}]);"
             for k in ones:
                 yield f"const R {k} = *pointer<const R>(job[{places[k]}]);"
 
@@ -91,22 +95,25 @@ class Loop:
             "stores": (f"{k}_[i] = {k};" for k in self.written),
         }
         words = {"name": self.symbol, "arguments": str(len(places)), "cost": str(self.cost), "what": self.what}
+        words["sum_up"] = "sum_each(count, [=](const Index i)"
+        for k in self.rowwise:
+            words["sum_up"] = f"sum_rows({k}_, job[{len(places) + 6}], at, count, [=](const Index i, const R {k})"
         return filled(skeleton(f"host/{self.skeleton}.cpp")[1], words, {k: list(v) for k, v in blocks.items()})
 
 
 @lru_cache(maxsize=4096)  # eager code binds the same again and again
 def loop(
     skeleton: str, graph: tuple[tuple[str, formulas.Expr], ...], arrays: tuple[str, ...],
-    columnwise: tuple[str, ...] = (), single: tuple[str, ...] = (),
+    columnwise: tuple[str, ...] = (), rowwise: tuple[str, ...] = (), single: tuple[str, ...] = (),
 ) -> Loop:  # fmt: skip
     """The loop of a graph whose names in `arrays` are arrays, and whose others are scalars of the step table."""
     inner, scalars = formulas.hoist(dict(graph), arrays)
     inputs = tuple(k for k in formulas.free_names(*inner.values()) if k in arrays)
     new = {k: f"a{i}" for i, k in enumerate(inputs)}
     values = formulas.renamed(inner, new).values()
-    by_row, ones = (tuple(new[k] for k in inputs if k in kind) for kind in (columnwise, single))
+    by_column, by_row, ones = (tuple(new[k] for k in inputs if k in kind) for kind in (columnwise, rowwise, single))
     outputs = tuple((f"y{i}", e) for i, e in enumerate(values))
-    return Loop(skeleton, outputs, by_row, ones, tuple(inner), inputs, tuple(scalars.values()))
+    return Loop(skeleton, outputs, by_column, by_row, ones, tuple(inner), inputs, tuple(scalars.values()))
 
 
 # ---- what is compiled ----------------------------------------------------------------------------------------------
@@ -114,21 +121,25 @@ def loop(
 
 def loops() -> list[Loop]:
     """What the operations, losses and optimizers bind, in arrays of one type."""
-    found = [_of(kernel) for row in names() for kernel in kernels(row) if not {*kernel.wide} & {*kernel.graph}]
+    found = [made for row in names() for kernel in kernels(row) if not {*kernel.wide} & {*kernel.graph}
+             for made in _of(kernel)]  # fmt: skip
     for row in formulas.ACTIVATIONS.values():
         found.append(loop("map", (("y", row.forward_graph()),), ("x",)))
     for rule in formulas.RULES.values():
         for before, general in product((False, True), repeat=2):
             if graph := rule.graph(before=before, general=general):
-                found.append(loop("map", tuple(graph.items()), ("p", "g", *rule.state, "factor"), (), ("factor",)))
+                found.append(loop("map", tuple(graph.items()), ("p", "g", *rule.state, "factor"), single=("factor",)))
     return list({made.symbol: made for made in found}.values())
 
 
-def _of(kernel: Skeleton) -> Loop:
-    arrays = (k for k in formulas.free_names(*kernel.graph.values()) if k not in kernel.table)
+def _of(kernel: Skeleton) -> Iterator[Loop]:
+    """Its loop; two, if it takes an array per row: rows may have one column."""
+    arrays = tuple(k for k in formulas.free_names(*kernel.graph.values()) if k not in kernel.table)
     columnwise = kernel.per_column if isinstance(kernel, Kernel) else ()
+    rowwise = kernel.per_row if isinstance(kernel, Sum) else ()
     kind = {Columns: "columns", Sum: "sum"}.get(type(kernel), "map")
-    return loop(kind, tuple(kernel.graph.items()), tuple(arrays), columnwise, kernel.single)
+    for per_row in dict.fromkeys(((), rowwise)):
+        yield loop(kind, tuple(kernel.graph.items()), arrays, columnwise, per_row, kernel.single)
 
 
 def unit(dtype: str) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import host
-from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally, owned
+from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally, one_per_row, owned
 from gpubackprop.backends.numpy import Calls, NumpyBackend, calls_of
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally
 from gpubackprop.formulas import describe, name
@@ -227,7 +227,7 @@ class NativeBackend(NumpyBackend):
         dtype: np.dtype[Any], table: StepTable | None, suffix: str = "", applied: bool = False,
     ) -> list[Call]:  # fmt: skip
         for columnwise, single in _broadcast(reads, shape):
-            found = self._loop("map", graph, reads, writes, dtype, columnwise, single)
+            found = self._loop("map", graph, reads, writes, dtype, columnwise, (), single)
             if found is not None:
                 loop, kernel = found
                 columns = shape[-1] if columnwise else 0
@@ -258,28 +258,31 @@ class NativeBackend(NumpyBackend):
         self, graph: Graph, reads: Mapping[str, Array], total: Array, writes: Mapping[str, Array],
         shape: tuple[int, ...], dtype: np.dtype[Any], table: StepTable | None, tally: Tally | None,
     ) -> list[Call]:  # fmt: skip
-        for columnwise, single in _broadcast(reads, shape):
-            found = None
-            if not columnwise:
-                found = self._loop("sum", graph, reads, {**writes, "total": total}, dtype, (), single)
-            if found is not None:
-                loop, kernel = found
-                size = math.prod(shape)
-                partials = np.empty(-(-size // GRAIN) or 1, dtype)
-                added = (None, None, None) if tally is None else (*_tallied(tally), _native(table))
-                outputs = (writes[k] for k in loop.outputs if k in writes)
-                inputs = _inputs(loop, reads, table)
-                return [Job.of(kernel, *outputs, *inputs, total, partials, *added, size)]
-        return super()._sum(graph, reads, total, writes, shape, dtype, table, tally)
+        others = {k: a for k, a in reads.items() if a.shape != shape}
+        rowwise = tuple(k for k, a in others.items() if one_per_row(a, shape))
+        single = tuple(k for k, a in others.items() if a.size == 1 and k not in rowwise)
+        found = None
+        if len(rowwise) + len(single) == len(others):
+            found = self._loop("sum", graph, reads, {**writes, "total": total}, dtype, (), rowwise, single)
+        if found is None:
+            return super()._sum(graph, reads, total, writes, shape, dtype, table, tally)
+        loop, kernel = found
+        size = math.prod(shape)
+        partials = np.empty(-(-size // GRAIN) or 1, dtype)
+        added = (None, None, None) if tally is None else (*_tallied(tally), _native(table))
+        outputs = (writes[k] for k in loop.outputs if k in writes)
+        inputs, columns = _inputs(loop, reads, table), math.prod(shape[1:])
+        return [Job.of(kernel, *outputs, *inputs, total, partials, *added, size, columns)]
 
     def _loop(
         self, skeleton: str, graph: Graph, reads: Mapping[str, Array], writes: Mapping[str, Array],
-        dtype: np.dtype[Any], columnwise: tuple[str, ...] = (), single: tuple[str, ...] = (),
+        dtype: np.dtype[Any], columnwise: tuple[str, ...] = (), rowwise: tuple[str, ...] = (),
+        single: tuple[str, ...] = (),
     ) -> tuple[host.Loop, Any] | None:  # fmt: skip
         """The loop and its kernel, if there is one and the arrays are what it takes."""
         if not _plain(dtype, *reads.values(), *writes.values()):
             return None
-        loop = host.loop(skeleton, tuple(graph.items()), tuple(reads), columnwise, single)
+        loop = host.loop(skeleton, tuple(graph.items()), tuple(reads), columnwise, rowwise, single)
         kernel = self.library.kernel(loop.symbol, dtype)
         return None if kernel is None else (loop, kernel)
 
@@ -301,31 +304,34 @@ class NativeBackend(NumpyBackend):
     # ---- the training step
 
     def _feed(
-        self, source_x: Array, source_y: Array, order: Array, steps: NumpyStepTable, x: Array, y: Array, scale: float
-    ) -> Call:
-        pairs = ((source_x, x), (source_y, y))
-        contiguous = all(a.flags.c_contiguous for a in (source_x, source_y, order, x, y))
+        self, source_x: Array, source_y: Array, order: Array, steps: NumpyStepTable, x: Array, y: Array, scale: float,
+        source_w: Array | None, w: Array | None,
+    ) -> Call:  # fmt: skip
+        sources, batches = (source_x, source_y, source_w), (x, y, w)
+        pairs = [(a, b) for a, b in zip(sources, batches, strict=True) if a is not None and b is not None]
+        contiguous = all(a.flags.c_contiguous for a in (order, *(a for pair in pairs for a in pair)))
         if scale != 1 or not contiguous or order.dtype != np.int64 or any(a.dtype != b.dtype for a, b in pairs):
-            return super()._feed(source_x, source_y, order, steps, x, y, scale)
+            return super()._feed(source_x, source_y, order, steps, x, y, scale, source_w, w)
         kernel = self.library.kernel("feed", np.dtype(np.float32))
-        widths = (math.prod(a.shape[1:]) * a.itemsize for a in (x, y))
-        return Job.of(kernel, x, y, source_x, source_y, order, _native(steps), len(x), *widths)
+        widths = (math.prod(a.shape[1:]) * a.itemsize if a is not None else 0 for a in batches)
+        return Job.of(kernel, *batches, *sources, order, _native(steps), len(x), *widths)
 
     def _softmax_cross_entropy(
-        self, x: Array, target: Array, dx: Array, total: Array, table: StepTable | None, tally: Tally | None,
-        count: bool,
+        self, x: Array, target: Array, dx: Array, total: Array, w: Array | None, table: StepTable | None,
+        tally: Tally | None, count: bool,
     ) -> list[Call]:  # fmt: skip
         labels = target.ndim == 1
-        if not _plain(x.dtype, x, dx, total, *(() if labels else (target,))) or 0 in x.shape:
-            return super()._softmax_cross_entropy(x, target, dx, total, table, tally, count)
+        given = [a for a in (None if labels else target, w) if a is not None]
+        if not _plain(x.dtype, x, dx, total, *given) or 0 in x.shape:
+            return super()._softmax_cross_entropy(x, target, dx, total, w, table, tally, count)
         kernel = self.library.kernel(f"softmax_cross_entropy_{'labels' if labels else 'rows'}", x.dtype)
         rows, classes = x.shape
         scratch = np.empty(rows, x.dtype), np.empty(rows, x.dtype), np.empty(rows, np.int64)
         steps = None if table is None else _native(table)
-        factors = (None, None) if steps is None else (steps.scalar("1 / rows"), steps.control[:1])
+        factors = (None, None) if steps is None else (steps.scalar("1 / weight"), steps.control[:1])
         added = (None, None) if tally is None else _tallied(tally)
         correct = _tally(tally).correct if tally is not None and count else None
-        return [Job.of(kernel, dx, total, x, target, *scratch, *factors, *added, correct, steps, rows, classes)]
+        return [Job.of(kernel, dx, total, x, target, w, *scratch, *factors, *added, correct, steps, rows, classes)]
 
     def _normalize(self, axis: int, eps: float, reads: Iterable[Array], writes: Iterable[Array]) -> list[Call]:
         x, *_ = reads = list(reads)

@@ -21,8 +21,11 @@ from gpubackprop.backends.base import (
     arithmetic,
     common,
     expect,
+    expect_rows,
+    expect_softmax,
     flops_of,
     owned,
+    softmax_equation,
     tf32,
     workspace,
 )  # fmt: skip
@@ -98,7 +101,7 @@ class NumpyBackend:
         """A step table with these columns; it has room for any number of rows."""
         return NumpyStepTable(columns, dtype)
 
-    def staging(self, x: Array, y: Array, rows: int) -> None:
+    def staging(self, x: Array, y: Array, w: Array | None, rows: int) -> None:
         """The data is here already."""
 
     def tally(self, dtype: npt.DTypeLike) -> NumpyTally:
@@ -312,18 +315,20 @@ class NumpyBackend:
     # ---- the training step
 
     def feed(
-        self, source_x: Array, source_y: Array, order: Array, table: StepTable, x: Array, y: Array, scale: float
-    ) -> Launch:
-        """x, y = this step's rows of the data in the given order; see Backend."""
-        fits = source_x.shape[1:] == x.shape[1:] and source_y.shape[1:] == y.shape[1:] and source_y.dtype == y.dtype
-        expect("feed", fits and len(x) == len(y), f"{source_x.shape}, {source_y.shape} into {x.shape}, {y.shape}")
-        call = self._feed(source_x, source_y, order, _numpy(table), x, y, scale)
-        reads = {"rows of x": _like(source_x, x), "rows of y": y}  # bytes are those of the batch, not of all the data
-        return _launch("feed", "the batch's rows of the data", reads, {"x": x, "y": y}, 0, [call])
+        self, source_x: Array, source_y: Array, order: Array, table: StepTable, x: Array, y: Array, scale: float,
+        source_w: Array | None = None, w: Array | None = None,
+    ) -> Launch:  # fmt: skip
+        """x, y, w = this step's rows of the data in the given order; see Backend."""
+        expect_rows((source_x, x), (source_y, y), *(() if w is None else ((source_w, w),)))
+        call = self._feed(source_x, source_y, order, _numpy(table), x, y, scale, source_w, w)
+        writes = {"x": x, "y": y} | ({} if w is None else {"w": w})
+        reads = writes | {"x": _like(source_x, x)}  # bytes are those of the batch, not of all the data
+        return _launch("feed", "the batch's rows of the data", reads, writes, 0, [call])
 
     def _feed(
-        self, source_x: Array, source_y: Array, order: Array, steps: NumpyStepTable, x: Array, y: Array, scale: float
-    ) -> Call:
+        self, source_x: Array, source_y: Array, order: Array, steps: NumpyStepTable, x: Array, y: Array, scale: float,
+        source_w: Array | None, w: Array | None,
+    ) -> Call:  # fmt: skip
         n, factor = len(x), np.array(scale, arithmetic(x.dtype))
         same = source_x.dtype == x.dtype and scale == 1
 
@@ -335,30 +340,32 @@ class NumpyBackend:
             else:
                 np.multiply(source_x[batch], factor, x, casting="unsafe")
             source_y.take(batch, 0, y, "clip")
+            if source_w is not None:
+                source_w.take(batch, 0, w, "clip")
 
         return take
 
     def softmax_cross_entropy(
-        self, x: Array, target: Array, dx: Array, total: Array, *, table: StepTable | None = None,
-        tally: Tally | None = None, count: bool = False,
+        self, x: Array, target: Array, dx: Array, total: Array, *, w: Array | None = None,
+        table: StepTable | None = None, tally: Tally | None = None, count: bool = False,
     ) -> Launch:  # fmt: skip
         """total and dx of the rows; see Backend."""
-        fits = target.shape in ((len(x),), x.shape) and dx.shape == x.shape
-        expect("softmax_cross_entropy", fits, f"logits {x.shape} with target {target.shape}")
-        calls = self._softmax_cross_entropy(x, target, dx, total, table, tally, count)
-        what = f"total = Σ −t·log softmax(x); dx = {'(softmax(x) − t) / rows' if table else 'softmax(x) − t'}"
-        reads, writes = {"x": x, "target": target}, {"dx": dx, "total": total} | _buffers(tally)
+        expect_softmax(x, target, dx, w)
+        calls = self._softmax_cross_entropy(x, target, dx, total, w, table, tally, count)
+        reads = {"x": x, "target": target} | ({} if w is None else {"w": w})
+        writes = {"dx": dx, "total": total} | _buffers(tally)
+        what = softmax_equation(w is not None, table is not None)
         return _launch("softmax_cross_entropy", what, reads, writes, 8 * x.size, calls)
 
     def _softmax_cross_entropy(
-        self, x: Array, target: Array, dx: Array, total: Array, table: StepTable | None, tally: Tally | None,
-        count: bool,
+        self, x: Array, target: Array, dx: Array, total: Array, w: Array | None, table: StepTable | None,
+        tally: Tally | None, count: bool,
     ) -> list[Call]:  # fmt: skip
         wide = Wide()
         logits, t, out = wide.read(x), wide.read(target), wide.write(dx)
-        calls = rows.softmax_cross_entropy(logits, t, out, total)
+        calls = rows.softmax_cross_entropy(logits, t, out, total, w)
         if table is not None:
-            share, scale = _numpy(table).scalar("1 / rows"), table.control[:1].reshape(())
+            share, scale = _numpy(table).scalar("1 / weight"), table.control[:1].reshape(())
             factor = np.empty((), out.dtype)
             calls += [partial(np.multiply, share, scale, factor), partial(np.multiply, out, factor, out)]
         if tally is not None:

@@ -32,8 +32,9 @@ def column_sum(x: Array, out: Array, accumulate: bool) -> list[Call]:
     return adding(partial(product, np.ones(x.shape[-2], x.dtype), x), out, accumulate)
 
 
-def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array) -> list[Call]:
-    """total = Σ_rows −Σ_k t·log softmax(x), residual = (Σt)·softmax(x) − t, rows shifted by their largest element."""
+def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array, w: Array | None = None) -> list[Call]:
+    """total = Σ_rows −w·Σ_k t·log softmax(x), residual = w·((Σt)·softmax(x) − t), w = 1 without weights; rows are
+    shifted by their largest element."""
     n, classes = x.shape
     top, row = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
     ones = np.ones((classes, 1), x.dtype)
@@ -48,15 +49,29 @@ def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array
         pick = partial(elements.take, flat, None, picked, "clip")  # the label's element of each row
         return [
             *shift, partial(np.add, start, target, flat), pick, *softmax,
-            partial(np.subtract, row.reshape(-1), picked, picked), partial(np.add.reduce, picked, None, None, total),
+            partial(np.subtract, row.reshape(-1), picked, picked), *_weighed(picked, w),
+            partial(np.add.reduce, picked, None, None, total),
             pick, partial(np.subtract, picked, one, picked), partial(elements.__setitem__, flat, picked),
+            *_weighed(residual, w),
         ]  # fmt: skip
     weight, dot, product = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype), np.empty_like(x)
     return [
         *shift, partial(np.multiply, target, residual, product), partial(np.dot, product, ones, dot),
         partial(np.dot, target, ones, weight), *softmax, partial(np.multiply, row, weight, row),
-        partial(np.subtract, row, dot, row), partial(np.add.reduce, row, None, None, total),
+        partial(np.subtract, row, dot, row), *_weighed(row, w), partial(np.add.reduce, row, None, None, total),
         partial(np.multiply, residual, weight, residual), partial(np.subtract, residual, target, residual),
+        *_weighed(residual, w),
+    ]  # fmt: skip
+
+
+def _weighed(x: Array, w: Array | None) -> list[Call]:
+    """The calls for x (rows, …) *= w (rows,), if there are weights; 0 where they are, because 0 · inf is not."""
+    if w is None:
+        return []
+    each, none = w.reshape(-1, *(1,) * (x.ndim - 1)), np.empty(w.shape, bool)
+    where, zero = none.reshape(each.shape), np.zeros((), x.dtype)
+    return [
+        partial(np.equal, w, zero, none), partial(np.multiply, x, each, x), partial(np.copyto, x, zero, where=where),
     ]  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Skeleton:
     @property
     def reads(self) -> tuple[str, ...]:
         """The arrays it reads and does not write."""
-        others = {*self.writes, *self._columnwise, *self.single, *self.table}
+        others = {*self.writes, *self._repeated, *self.single, *self.table}
         return tuple(k for k in formulas.free_names(*self.graph.values()) if k not in others)
 
     @property
@@ -65,7 +65,7 @@ class Skeleton:
     @property
     def parameters(self) -> Parameters:
         """(C++ type, name) of the kernel's arguments, the outputs first."""
-        inputs = (*self.reads, *self._columnwise, *self.single)
+        inputs = (*self.reads, *self._repeated, *self.single)
         return [
             *((f"{self._stored(k)}* __restrict__", k) for k in self.writes),
             *self._results(),
@@ -104,8 +104,8 @@ class Skeleton:
     # ---- what differs from skeleton to skeleton
 
     @property
-    def _columnwise(self) -> tuple[str, ...]:
-        """The arrays that are broadcast over the rows."""
+    def _repeated(self) -> tuple[str, ...]:
+        """The arrays that are broadcast over the rows, or over the columns."""
         return ()
 
     @property
@@ -151,7 +151,7 @@ class Skeleton:
         yield f"{self.most}{self.bytes(dtype)} bytes per element: {moved}"
 
     def _inputs(self) -> tuple[str, ...]:
-        return *self.reads, *self._columnwise, *self.single, *self.table
+        return *self.reads, *self._repeated, *self.single, *self.table
 
     def _element(self) -> Iterator[str]:
         """The function that computes one element."""
@@ -162,7 +162,7 @@ class Skeleton:
 
     def _compute(self) -> Iterator[str]:
         """The call of that function for each lane of a vector."""
-        lanes = {*self.graph, *self.reads, *self._columnwise}
+        lanes = {*self.graph, *self.reads, *self._repeated}
         arguments = (f"{k}_[lane]" if k in lanes else f"{k}_" for k in (*self.graph, *self._inputs()))
         yield "UNROLL for (int lane = 0; lane < W; ++lane) {"
         yield f"    {self.name}_element({_listed(arguments)});"
@@ -189,7 +189,7 @@ class Skeleton:
 
     def _misaligned(self) -> Iterator[str]:
         """What is not 0 where an array does not fit vectors."""
-        yield from (f"misaligned({k})" for k in (*self.writes, *self.reads, *self._columnwise))
+        yield from (f"misaligned({k})" for k in (*self.writes, *self.reads, *self._repeated))
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Kernel(Skeleton):
     file: ClassVar[str] = "elementwise.cu"
 
     @property
-    def _columnwise(self) -> tuple[str, ...]:
+    def _repeated(self) -> tuple[str, ...]:
         return self.per_column
 
     @property
@@ -288,13 +288,22 @@ class Columns(Skeleton):
 
 @dataclass(frozen=True)
 class Sum(Skeleton):
-    """total = Σ graph["total"] over all elements, in R, and each other output k = graph[k]."""
+    """total = Σ graph["total"] over all elements, in R, and each other output k = graph[k].
+
+    Names in `per_row` are arrays of one element for each row of (rows, columns).
+    """
+
+    per_row: tuple[str, ...] = ()
 
     file: ClassVar[str] = "sum.cu"
 
     @property
     def writes(self) -> tuple[str, ...]:
         return tuple(k for k in self.graph if k != "total")
+
+    @property
+    def _repeated(self) -> tuple[str, ...]:
+        return self.per_row
 
     @property
     def _outside(self) -> tuple[str, ...]:
@@ -307,7 +316,11 @@ class Sum(Skeleton):
         return [("const Index* __restrict__", "state")]
 
     def _extents(self) -> Parameters:
-        return [("const Index", "size")]
+        return [("const Index", k) for k in ("size", *(["columns"] if self.per_row else []))]
+
+    def _loads(self) -> Iterator[str]:
+        yield from super()._loads()
+        yield from (f"const Vector<W> {k}_ = of_rows<W>({k}, at, columns);" for k in self.per_row)
 
 
 @dataclass(frozen=True)

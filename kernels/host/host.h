@@ -63,17 +63,26 @@ static inline R sum_of(const R* values, Index count) {
     return sums[0];
 }
 
-// Σ value(i) for i = 0 … count − 1, in the same way; value may store what it likes.
-template <typename Value>
-static inline R sum_each(Index count, const Value& value) {
-    constexpr Index LENGTH = 256;
+[[maybe_unused]] constexpr Index LENGTH = 256;   // values that are there before they are added up
+
+// Σ of `count` values in the same way, of which fill(values, at, n) writes n, those from `at` on, at a time.
+template <typename Fill>
+static inline R sum_filled(Index count, const Fill& fill) {
     R values[LENGTH], sum = 0;
     for (Index at = 0; at < count; at += LENGTH) {
         const Index n = count - at < LENGTH ? count - at : LENGTH;
-        LOOP for (Index i = 0; i < n; ++i) values[i] = value(at + i);
+        fill(values, at, n);
         sum += sum_of(values, n);
     }
     return sum;
+}
+
+// Σ value(i) for i = 0 … count − 1; value may store what it likes.
+template <typename Value>
+static inline R sum_each(Index count, const Value& value) {
+    return sum_filled(count, [&](R* values, Index at, Index n) {
+        LOOP for (Index i = 0; i < n; ++i) values[i] = value(at + i);
+    });
 }
 
 // ---- what a training step reads and leaves behind -------------------------------------------------------------------

@@ -1,9 +1,9 @@
-// Softmax with cross-entropy: loss of a row = log Σ exp(x − m) · Σt − Σ t (x − m), m its largest element, and
-// dx = s · (Σt · softmax(x) − t); s = 1, or what a row counts for in the mean, times the scale of the loss.
+// Softmax with cross-entropy: loss of a row = w (log Σ exp(x − m) · Σt − Σ t (x − m)), m its largest element, and
+// dx = w · s · (Σt · softmax(x) − t); s = 1, or what a weight of 1 counts for in the mean, times the scale of the loss.
 //
 // Steps go over all rows of a piece, so that exp and log have long vectors however few the classes are.
 //
-// job: dx; total; x; labels or rows t; scratch: losses of the rows, Σ exp of the rows, hits of the pieces; s's two
+// job: dx; total; x; labels or rows t; weights w (or 0: w = 1); scratch: losses of the rows, Σ exp of the rows, hits of the pieces; s's two
 // factors (or 0: s = 1); loss, bad_step, correct (or 0: not tallied, not counted); the step table; rows; classes.
 #include "host.h"
 
@@ -14,6 +14,7 @@ struct Softmax {
     R *dx, *total;
     const R* x;
     const void* target;
+    const R* w;
     R *losses, *sums;
     Index* hits;
     const R *share, *scale;
@@ -63,10 +64,17 @@ struct Softmax {
         LOOP for (Index row = first; row < last; ++row) {
             losses[row] += log(sums[row]) * (LABELS ? R(1) : weights[LABELS ? 0 : row - first]);
         }
-        const R s = share == nullptr ? R(1) : *share * *scale;
+        for (Index row = first; w != nullptr && row < last; ++row) {
+            losses[row] = w[row] == R(0) ? R(0) : w[row] * losses[row];  // 0, whatever the logits are: 0 · NaN is NaN
+        }
+        const R of_one = share == nullptr ? R(1) : *share * *scale;
         for (Index row = first; row < last; ++row) {
             R* const to = dx + row * classes;
-            const R sum = sums[row];
+            const R sum = sums[row], s = w == nullptr ? of_one : w[row] * of_one;
+            if (s == R(0)) {
+                memset(to, 0, size_t(classes) * sizeof(R));
+                continue;
+            }
             if constexpr (LABELS) {
                 LOOP for (Index c = 0; c < classes; ++c) to[c] = to[c] / sum;
                 to[static_cast<const Index*>(target)[row]] -= R(1);

@@ -5,13 +5,13 @@
 namespace gpubackprop {
 namespace {
 
-// x, y = this step's rows of the data in the given order.
+// x, y, w = this step's rows of the data in the given order; w may be 0.
 struct Feed {
-    char *x, *y;
-    const char *source_x, *source_y;
+    char *x, *y, *w;
+    const char *source_x, *source_y, *source_w;
     const Index* order;
     const Steps* steps;
-    Index rows, bytes_x, bytes_y;  // of a row
+    Index rows, bytes_x, bytes_y, bytes_w;  // of a row
 
     void run() const {
         const Index* const from = order + steps->offsets[steps->step];
@@ -20,6 +20,7 @@ struct Feed {
             for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {
                 memcpy(x + row * bytes_x, source_x + from[row] * bytes_x, size_t(bytes_x));
                 memcpy(y + row * bytes_y, source_y + from[row] * bytes_y, size_t(bytes_y));
+                if (w != nullptr) memcpy(w + row * bytes_w, source_w + from[row] * bytes_w, size_t(bytes_w));
             }
         });
     }

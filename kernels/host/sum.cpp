@@ -3,7 +3,7 @@
 // Pieces of GRAIN elements are added up, then their sums in order.
 //
 // job: the outputs; the inputs; scalars; total; partials, one for each piece; loss, bad_step (or 0: no tally), the
-// step table; elements.
+// step table; elements; columns, if an input has one element for each row.
 #include "host.h"
 
 namespace gpubackprop {
@@ -20,6 +20,22 @@ static inline void add_up(const Index* rest, Index cost, const Part& part) {
     if (rest[2] != 0) add_to({pointer<double>(rest[2]), pointer<Index>(rest[3]), nullptr}, total, *pointer<Steps>(rest[4]));
 }
 
+// Σ value(i, the x of the row that element first + i is in).
+template <typename Value>
+static inline R sum_rows(const R* x, Index columns, Index first, Index count, const Value& value) {
+    R of_rows[LENGTH];
+    Index row = first / columns, left = (row + 1) * columns - first;
+    return sum_filled(count, [&](R* values, Index at, Index n) {
+        for (Index i = 0; i < n;) {
+            if (left == 0) ++row, left = columns;
+            const Index end = left < n - i ? i + left : n;
+            left -= end - i;
+            for (; i < end; ++i) of_rows[i] = x[row];
+        }
+        LOOP for (Index i = 0; i < n; ++i) values[i] = value(at + i, of_rows[i]);
+    });
+}
+
 }  // namespace gpubackprop
 
 // ---- for each kernel ------------------------------------------------------------------------------------------------
@@ -28,7 +44,7 @@ static inline void add_up(const Index* rest, Index cost, const Part& part) {
 KERNEL($name) {
     add_up(job + $arguments, $cost, [job](const Index at, const Index count) {
         $pointers
-        return sum_each(count, [=](const Index i) {
+        return $sum_up {
             $loads
             $compute
             $stores

@@ -32,7 +32,7 @@ def geometry(block, n):
     return Geometry((blocks, 1, 1), block, blocks, 1)
 
 
-def launch(x, target, *, place=None, share=False, scale=None, loss=None, events=None, every_order=False):
+def launch(x, target, *, w=None, place=None, share=False, scale=None, loss=None, events=None, every_order=False):
     """dx and total."""
     dtype, wide, kind = x.dtype, arithmetic(x.dtype), "labels" if target.ndim == 1 else "rows"
     place = place or softmax_geometry(*x.shape, dtype.itemsize)
@@ -43,8 +43,8 @@ def launch(x, target, *, place=None, share=False, scale=None, loss=None, events=
     run(
         f"softmax_cross_entropy_{kind}", place.grid, place.block, dx=dx, total=total, ticket=ticket,
         partials=np.full(place.partials, np.nan, wide), loss=loss, events=events, x=x,
-        **{"labels" if kind == "labels" else "target": target}, table=TABLE.astype(wide), state=STATE, scale=scale,
-        width=2, share_at=1 if share else -1, rows=x.shape[0], classes=x.shape[1],
+        **{"labels" if kind == "labels" else "target": target}, weights=w, table=TABLE.astype(wide), state=STATE,
+        scale=scale, width=2, share_at=1 if share else -1, rows=x.shape[0], classes=x.shape[1],
     )  # fmt: skip
     assert not ticket.any()
     return dx, total[0]
@@ -173,6 +173,52 @@ def test_a_special_row_has_the_loss_of_the_reference(kind, classes, block, dtype
         t = label if kind == "labels" else np.eye(classes)[label].astype(arithmetic(dtype))
         _, total = launch(row, t, place=geometry(block, 1))
         np.testing.assert_allclose(total, reference(row, t)[1], rtol=1e-6, atol=1e-6)
+
+
+# ---- weights of the rows -------------------------------------------------------------------------------------------
+
+WEIGHED = [(70, 10), (33, 3), (40, 128), (7, 300)]  # rows, classes: several blocks, parts of a warp, a block for a row
+
+
+@every_dtype
+@pytest.mark.parametrize("n, classes", WEIGHED)
+@either_target
+def test_a_row_counts_by_its_weight(kind, n, classes, dtype):
+    """Powers of two and 0: bit for bit what the row alone gives times its weight."""
+    x, t = draw(kind, n, classes, dtype)
+    w = np.resize([0, 1, 2, 0.5], n).astype(arithmetic(dtype))
+    dx, _ = launch(x, t)
+    weighed, total = launch(x, t, w=w, every_order=True)
+    subnormal = 2.0**-24 if dtype == np.float16 else 0.0
+    np.testing.assert_allclose(weighed.astype(np.float64), w[:, None] * dx.astype(np.float64), rtol=0, atol=subnormal)
+    losses = oracle(x, t)[1]
+    np.testing.assert_allclose(total, (w * losses).sum(), rtol=64 * np.finfo(total.dtype).eps)
+
+
+@every_dtype
+@pytest.mark.parametrize("n, classes", WEIGHED)
+@either_target
+def test_weights_of_1_give_the_same_bits_as_none(kind, n, classes, dtype):
+    x, t = draw(kind, n, classes, dtype)
+    (dx, total), (same, again) = (launch(x, t, w=w, share=True) for w in (None, np.ones(n, arithmetic(dtype))))
+    np.testing.assert_array_equal(dx, same)
+    assert total == again
+
+
+@every_dtype
+@pytest.mark.parametrize("n, classes", WEIGHED)
+@either_target
+def test_a_row_of_weight_0_does_no_harm(kind, n, classes, dtype):
+    """Nor do its logits, whatever they are; rows right are counted all the same."""
+    x, t = draw(kind, n, classes, dtype)
+    w = np.resize([0, 1], n).astype(arithmetic(dtype))
+    dx, total = launch(x, t, w=w)
+    x[::2] = np.resize([np.nan, np.inf, -np.inf], x[::2].shape)
+    loss, events = np.zeros(2, arithmetic(dtype)), np.zeros(2, np.int64)
+    same, again = launch(x, t, w=w, loss=loss, events=events)
+    np.testing.assert_array_equal(dx, same)
+    assert not same[::2].any() and again == total == loss[0]
+    assert events.tolist() == [0, np.sum(x.astype(np.float64).argmax(1) == t) if kind == "labels" else 0]
 
 
 @every_dtype

@@ -13,6 +13,7 @@ from gpubackprop.backends.codegen import Sum
 from gpubackprop.backends.geometry import Geometry, sum_geometry
 from gpubackprop.formulas import name, parse
 
+COLUMNS = 3  # of an output whose rows have weights
 KERNELS = {k.name: k for row in formulas.LOSSES for k in codegen.kernels(row) if isinstance(k, Sum)}
 IN_PLACE = Sum("in_place", parse("x = x - t\ntotal = x * x"), "x -= t with the sum of its squares")
 ONES = Sum("ones", {"total": name("x")}, "total = Σ x")
@@ -29,6 +30,8 @@ def operands(kernel, size, dtype, offset=0):
     arrays = {k: rng.standard_normal(size) for k in dict.fromkeys((*kernel.writes, *kernel.reads))}
     arrays = {k: shifted(a.astype(dtype), offset) for k, a in arrays.items()}
     types = {k: arithmetic(dtype) if k in kernel.wide else dtype for k in kernel.single}
+    of_rows = {k: np.arange(-(-size // COLUMNS)) % 4 for k in kernel.per_row}  # every fourth is 0
+    arrays |= {k: shifted(a.astype(arithmetic(dtype)), offset) for k, a in of_rows.items()}
     return arrays | {k: np.array([0.25 + i]).astype(t) for i, (k, t) in enumerate(types.items())}
 
 
@@ -40,6 +43,8 @@ def launch(kernel, dtype, arrays, size, loss=None, events=None, geometry=None):
     if scalars:
         table[STATE[0], 1] = 1 / 32
         scalars |= {"table": table, "width": 3}
+    if kernel.per_row:
+        scalars["columns"] = COLUMNS
     library(dtype.name).run(
         kernel.name, place.grid, place.block, total=total, partials=np.full(place.partials, np.nan, wide),
         ticket=ticket, loss=loss, events=events, state=STATE, size=size, **arrays, **scalars,
@@ -50,7 +55,8 @@ def launch(kernel, dtype, arrays, size, loss=None, events=None, geometry=None):
 
 def check(kernel, size, dtype, offset=0, geometry=None):
     arrays = operands(kernel, size, dtype, offset)
-    expected = evaluated(kernel, arrays | dict.fromkeys(kernel.table, 1 / 32), (size,), dtype)
+    each = {k: arrays[k].repeat(COLUMNS)[:size] for k in kernel.per_row}
+    expected = evaluated(kernel, arrays | each | dict.fromkeys(kernel.table, 1 / 32), (size,), dtype)
     total = launch(kernel, dtype, arrays, size, geometry=geometry)
     for key in kernel.writes:
         assert_stored(arrays[key], expected[key], exact(kernel))
@@ -69,11 +75,32 @@ def test_every_loss_at_every_size(kernel, size, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("size", [63, 4100])
-def test_arrays_off_the_boundary_give_the_same_bits(size, dtype):
+@pytest.mark.parametrize("kernel", ["mse_step", "mse_step_weighted"])
+def test_arrays_off_the_boundary_give_the_same_bits(kernel, size, dtype):
     """The order of adding follows from the size, not from where the arrays begin."""
-    (aligned, total), (moved, same) = (check(KERNELS["mse_step"], size, dtype, offset) for offset in (0, 1))
+    (aligned, total), (moved, same) = (check(KERNELS[kernel], size, dtype, offset) for offset in (0, 1))
     assert total == same
     np.testing.assert_array_equal(aligned["dx"], moved["dx"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_weights_of_1_give_the_same_bits_as_none(dtype):
+    plain, weighted = (KERNELS[f"bce_with_logits_step{w}"] for w in ("", "_weighted"))
+    given = operands(weighted, 1027, dtype)
+    given["w"][:] = 1
+    arrays = {k: given[k].copy() for k in operands(plain, 1027, dtype)}
+    assert launch(plain, dtype, arrays, 1027) == launch(weighted, dtype, given, 1027)
+    np.testing.assert_array_equal(arrays["dx"], given["dx"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_row_of_weight_0_does_no_harm(dtype):
+    kernel, arrays = KERNELS["mse_step_weighted"], operands(KERNELS["mse_step_weighted"], 1027, dtype)
+    out = (arrays["w"] == 0).repeat(COLUMNS)[:1027]
+    expected = launch(kernel, dtype, arrays, 1027)
+    arrays["x"][out] = np.resize([np.nan, np.inf, -np.inf], out.sum())
+    assert launch(kernel, dtype, arrays, 1027) == expected
+    assert out.any() and not arrays["dx"][out].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
