@@ -19,7 +19,8 @@ from gpubackprop.tensor import Tensor
 
 __all__ = [
     "activation_row", "batch_norm", "bce_with_logits", "dense", "dense_graph", "dropout", "elementwise_loss_step",
-    "half_mse", "layer_norm", "mse", "noise", "softmax_cross_entropy", "softmax_cross_entropy_step", "sse",
+    "half_mse", "layer_norm", "mse", "noise", "smoothed", "softmax_cross_entropy",
+    "softmax_cross_entropy_step", "sse",
 ]  # fmt: skip
 
 
@@ -174,6 +175,18 @@ def softmax_cross_entropy_step(
     run(total, lambda: back.softmax_cross_entropy(
         output.data, t, dx, total, w=w, table=table, tally=tally, count=count))  # fmt: skip
     return dx
+
+
+def smoothed(target: Tensor, logits: Tensor, share: float) -> Tensor:
+    """Labels (batch,) as rows, 1 − share + share / classes at the label and share / classes elsewhere; rows as they are
+    (Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", section 7)."""
+    if target.ndim != 1:
+        return target
+    back, classes, dtype = logits.backend, logits.shape[1], arithmetic(logits.dtype)
+    each = back.asarray(((1 - share) * np.eye(classes) + share / classes).astype(dtype)[None])  # a row for every label
+    rows = empty(back, (len(target), classes), dtype)
+    run(rows, lambda: back.gather(each, target.data, rows[None]))
+    return Tensor(rows, back)
 
 
 def _class_target(logits: Tensor, target: Any) -> Buffer:

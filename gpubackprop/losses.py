@@ -1,7 +1,7 @@
 """Losses by name: the operation, what its targets are, how outputs become probabilities, and the metric that fits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gpubackprop import fused
 from gpubackprop.backends.base import Buffer, StepTable, Tally
+from gpubackprop.checks import number
 from gpubackprop.data import as_labels, as_probabilities, as_targets, on_host
 from gpubackprop.operands import graph
 from gpubackprop.plan import empty, run
@@ -28,6 +29,7 @@ class Objective:
     metrics: tuple[str, ...]
     step: Callable[..., Buffer] | None = None  # its gradient in one launch; None for a user's callable
     classes: bool = False
+    smoothing: float = 0.0  # the share of every target that is spread over all classes
 
     @property
     def own(self) -> bool:
@@ -69,6 +71,24 @@ class Objective:
             )
         return mean * len(output)
 
+    def smoothed(self, share: float) -> "Objective":
+        """The same loss against (1 − share) · t + share / K · Σt of K classes; of bce, (1 − share) · t + share / 2."""
+        number("Trainer", "label_smoothing", share, "in [0, 1)")
+        if share and self.name not in ("cross_entropy", "bce"):
+            raise ValueError(f"Trainer: label_smoothing is for the losses cross_entropy and bce, got {self.name}")
+        if not (share and self.classes):
+            return replace(self, smoothing=share)
+        function, step = partial(_smoothed_loss, share), partial(_smoothed_step, share)
+        return replace(self, smoothing=share, function=function, step=step)
+
+    def softened(self, y: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Checked targets as the loss takes them; labels stay as they are, and are smoothed where they are used."""
+        if not self.smoothing or y.ndim == 1:
+            return y
+        spread: Any = y.mean(1, keepdims=True) if self.classes else y.dtype.type(0.5)
+        rows: npt.NDArray[Any] = (1 - self.smoothing) * y + self.smoothing * spread
+        return rows
+
     def targets(self, y: Any, dtype: npt.DTypeLike, outputs: int, where: str) -> npt.NDArray[Any]:
         """y as labels (n,) or rows (n, outputs); a user's loss gets integers as labels if there are several outputs."""
         y = on_host(y, where, "y")
@@ -89,6 +109,21 @@ class Objective:
                 f"{where}: y has {rows[row].min():g} at row {row}; weights of classes must not be negative"
             )
         return rows
+
+
+def _smoothed_loss(share: float, output: Tensor, target: Any, reduction: str = "mean", weights: Any = None) -> Tensor:
+    return fused.softmax_cross_entropy(output, fused.smoothed(target, output, share), reduction, weights)
+
+
+def _smoothed_step(
+    share: float, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool,
+    weights: Tensor | None = None,
+) -> Buffer:  # fmt: skip
+    rows = fused.smoothed(target, output, share)
+    dx = fused.softmax_cross_entropy_step(output, rows, table, tally, False, weights)
+    if count:
+        run(output.data, lambda: output.backend.top1(output.data, target.data, tally))
+    return dx
 
 
 def _step(label: str) -> Callable[..., Buffer]:

@@ -84,22 +84,24 @@ class Trainer:
     as one CUDA graph.
 
     `l1` and `l2` add l1 · Σ|w| + ½ · l2 · Σw², over the weight matrices, to the loss, in what is reported too; each a
-    number or a function of the batch's rows. (An optimizer's weight_decay is not part of the loss.) With `accumulate`
-    an update is made of the gradients of so many batches, the mean over all their rows.
+    number or a function of the batch's rows. (An optimizer's weight_decay is not part of the loss.) `label_smoothing`
+    spreads that share of every label over all classes. With `accumulate` an update is made of the gradients of so many
+    batches, the mean over all their rows.
     """
 
     def __init__(
         self, model: Layer, loss: str | Callable[..., Tensor] = "cross_entropy", optimizer: Optimizer | str = "adam",
         metrics: Sequence[str] | None = None, device: str = "auto", seed: int | None = None, *,
         precision: str | None = None, clip_norm: float | None = None, clip_value: float | None = None,
-        l1: Strength = 0.0, l2: Strength = 0.0, accumulate: int = 1, cuda_graph: bool = False,
+        l1: Strength = 0.0, l2: Strength = 0.0, label_smoothing: float = 0.0, accumulate: int = 1,
+        cuda_graph: bool = False,
     ) -> None:  # fmt: skip
         if not isinstance(model, Layer):
             raise TypeError(
                 f"Trainer: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])"
             )
         self.model = model
-        self.objective = objective(loss)
+        self.objective = objective(loss).smoothed(label_smoothing)
         self._optimizer = _optimizer(optimizer)
         if isinstance(metrics, str):
             raise TypeError(f"Trainer: metrics must be a list of names, got {metrics!r}; use metrics=[{metrics!r}]")
@@ -489,6 +491,7 @@ class Trainer:
         outputs = self._outputs(rows.shape[1], 2)
         targets = self.objective.targets(y, self.model.dtype, outputs, where)
         weights = row_weights(self.objective, targets, outputs, sample_weight, class_weight, where)
+        targets = self.objective.softened(targets)
         return rows, targets, weights if weights is None else weights.astype(self.model.dtype)
 
     def _outputs(self, columns: int, rows: int, training: bool = False, target: Array | None = None) -> int:

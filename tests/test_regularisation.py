@@ -155,6 +155,65 @@ def test_clipping_by_value_holds_every_element(precision, rng, device):
     assert max(np.abs(g).max() for g in plain.values()) > 0.2
 
 
+# ---- label smoothing -----------------------------------------------------------------------------------------------
+
+
+def smooth_rows(labels, share, classes=3):
+    return (1 - share) * np.eye(classes)[labels] + share / classes
+
+
+@pytest.mark.parametrize("precision", ["float64", "float16"])
+def test_smoothed_labels_train_as_the_rows_they_stand_for(precision, rng, device):
+    x, y = rng.normal(size=(22, 3)), rng.integers(0, 3, 22)
+    settings = {"device": device, "seed": 0, "precision": precision}
+    dtype = "float64" if precision == "float64" else "float32"
+    models = [gb.mlp([3, 5, 3], "tanh", dtype=dtype) for _ in range(2)]
+    labels = gb.Trainer(models[0], optimizer=gb.SGD(0.1), label_smoothing=0.3, **settings)
+    rows = gb.Trainer(models[1], optimizer=gb.SGD(0.1), **settings)
+    labels.fit(x, y, epochs=3, batch_size=8, sample_weight=np.linspace(0, 1, 22))
+    rows.fit(x, smooth_rows(y, 0.3), epochs=3, batch_size=8, sample_weight=np.linspace(0, 1, 22))
+    assert_close(labels, rows, 1e-12 if precision == "float64" else 1e-3)
+    assert labels.history["loss"] == pytest.approx(rows.history["loss"], rel=1e-12 if precision == "float64" else 1e-3)
+    assert labels.evaluate(x, y)["accuracy"] == (labels.predict(x).argmax(1) == y).mean()
+    assert len(labels.history["accuracy"]) == 3 and "accuracy" not in rows.history
+
+
+def test_smoothed_losses_are_torchs(rng):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    x, y = rng.normal(size=(9, 3)), rng.integers(0, 3, 9)
+    model = gb.mlp([3, 3], dtype="float64")
+    trainer = gb.Trainer(model, label_smoothing=0.2, seed=0)
+    theirs = torch.nn.functional.cross_entropy(torch.tensor(trainer.predict(x)), torch.tensor(y), label_smoothing=0.2)
+    assert trainer.evaluate(x, y)["loss"] == pytest.approx(theirs.item(), rel=1e-13)
+    soft = rng.dirichlet(np.ones(3), 9)
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(trainer.predict(x)), torch.tensor(soft), label_smoothing=0.2
+    )
+    assert trainer.evaluate(x, soft)["loss"] == pytest.approx(theirs.item(), rel=1e-13)
+
+
+def test_smoothing_of_two_classes_with_one_output_is_that_of_two_outputs(rng):
+    """bce of the difference of two logits is their cross-entropy."""
+    x, y = rng.normal(size=(9, 3)), rng.integers(0, 2, 9)
+    two, one = gb.mlp([3, 2], dtype="float64").initialize(1), gb.mlp([3, 1], dtype="float64")
+    w = two.state_dict()
+    one.load_state_dict({k: a[..., 1:] - a[..., :1] for k, a in w.items()})
+    losses = [
+        gb.Trainer(m, loss, label_smoothing=0.2, seed=0).evaluate(x, y)
+        for m, loss in ((two, "cross_entropy"), (one, "bce"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("loss, share, message", [
+    ("mse", 0.1, "Trainer: label_smoothing is for the losses cross_entropy and bce, got mse"),
+    ("cross_entropy", 1.0, r"Trainer: label_smoothing must be in \[0, 1\), got 1"),
+])  # fmt: skip
+def test_bad_smoothing(loss, share, message):
+    with pytest.raises(ValueError, match=message):
+        gb.Trainer(gb.mlp([3, 2]), loss, label_smoothing=share)
+
+
 # ---- accumulated gradients -----------------------------------------------------------------------------------------
 
 
