@@ -248,6 +248,7 @@ class Trainer:
     ) -> History:  # fmt: skip
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
+        each(callbacks, "begin", self)
         self.model.output_kind = self.objective.head
         source = self._source(x, y, w, batch_size)
         sums = self._sums_of(y, outputs)
@@ -258,7 +259,6 @@ class Trainer:
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
         self._fitting, self.state.finished, applied = True, False, False
-        each(callbacks, "begin", self)
         try:
             with Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar:
                 for _ in range(epochs):
