@@ -17,7 +17,7 @@ __all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write
 
 FORMAT = 1
 ENTRY = "gpubackprop"  # one metadata entry: safetensors writes several in random order, so equal models would differ
-HEADS = (None, "softmax", "sigmoid", "identity")
+HEADS = (None, "softmax", "sigmoid", "identity", "exp")
 BUILTIN = frozenset(ACTIVATIONS)  # this module is imported before a user can register a row
 
 PathLike = str | os.PathLike[str]

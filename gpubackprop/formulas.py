@@ -153,6 +153,7 @@ LOSSES: dict[str, Loss] = _rows(
     Loss("mse",             "(x - t) * (x - t)",                                     "2 * (x - t)"),
     Loss("half_mse",        "0.5 * ((x - t) * (x - t))",                             "x - t"),
     Loss("bce_with_logits", "maximum(x, 0) - x * t + log1p(exp(-abs(x)))",           "sigmoid(x) - t"),
+    Loss("poisson",         "exp(x) - t * x + where(t > 0, t * log(t) - t, 0)",      "exp(x) - t"),
 )  # fmt: skip
 
 
@@ -294,6 +295,8 @@ RULES: dict[str, Rule] = _rows(
     # g is taken at p - lr * momentum * z; stepping on from there, p -= lr * g is p_old - lr * (momentum * z + g).
     Rule("nesterov", ("z",),      "z = momentum * z + g\np -= lr * g", before="p -= lr * momentum * z"),
     Rule("nesterov_torch", ("z",), "z = momentum * z + g\np -= lr * (g + momentum * z)"),
+    Rule("velocity", ("z",),      "z = momentum * z + lr * g\np -= z"),
+    Rule("velocity_torch", ("z",), "z = momentum * z + lr * g\np -= momentum * z + lr * g"),
     # g is taken at p - momentum * z, without the learning rate; stepping on from there.
     Rule("nesterov_seed", ("z",), "p += momentum * z - lr * (momentum * z + g)\nz = momentum * z + g",
          before="p -= momentum * z"),
@@ -608,10 +611,15 @@ _PYTHON: dict[str, Callable[..., Any]] = {f: getattr(math, f) for f in FUNCTIONS
 }  # fmt: skip
 
 
+@cache  # the columns of the step table are evaluated in every epoch
+def _order(root: Expr) -> tuple[Expr, ...]:
+    return tuple(walk([root]))
+
+
 def evaluate(root: Expr, values: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] = _PYTHON) -> Any:
     """The value of a graph for given values of its names, in Python floats or by another table of functions."""
     result: dict[Expr, Any] = {}
-    for node in walk([root]):
+    for node in _order(root):
         if node.op == "number":
             result[node] = node.value
         elif node.op == "name":

@@ -18,9 +18,9 @@ from gpubackprop.shapes import reshape
 from gpubackprop.tensor import Tensor
 
 __all__ = [
-    "activation_row", "batch_norm", "bce_with_logits", "dense", "dense_graph", "dropout", "elementwise_loss_step",
-    "half_mse", "layer_norm", "mse", "noise", "smoothed", "softmax_cross_entropy",
-    "softmax_cross_entropy_step", "sse",
+    "activation_row", "batch_norm", "bce_with_logits", "bce_with_logits_sum", "dense", "dense_graph", "dropout",
+    "elementwise_loss_step", "half_mse", "half_sse", "layer_norm", "mse", "noise", "poisson", "poisson_sum", "smoothed",
+    "softmax_cross_entropy", "softmax_cross_entropy_step", "sse",
 ]  # fmt: skip
 
 
@@ -215,7 +215,11 @@ _ELEMENTWISE = {
     "mse": ("mse", True, "(x − t)², its mean over the outputs"),
     "half_mse": ("half_mse", True, "½ (x − t)², its mean over the outputs"),
     "sse": ("mse", False, "(x − t)², its sum over the outputs"),
+    "half_sse": ("half_mse", False, "½ (x − t)², its sum over the outputs"),
     "bce_with_logits": ("bce_with_logits", True, "−t log σ(x) − (1 − t) log(1 − σ(x)), its mean over the outputs"),
+    "bce_with_logits_sum": ("bce_with_logits", False, "−t log σ(x) − (1 − t) log(1 − σ(x)), its sum over the outputs"),
+    "poisson": ("poisson", True, "eˣ − t x + t log t − t, half a deviance, of x = log mean, its mean over the outputs"),
+    "poisson_sum": ("poisson", False, "eˣ − t x + t log t − t, half a deviance, its sum over the outputs"),
 }
 
 
@@ -293,7 +297,9 @@ def _loss_graphs(row: Loss, weighted: bool, dy: str = "dy") -> tuple[Graph, Grap
     return {"total": found["total"]}, {RESULT: found["dx"]}
 
 
-mse, half_mse, sse, bce_with_logits = map(_elementwise_loss, _ELEMENTWISE)
+(
+    mse, half_mse, sse, half_sse, bce_with_logits, bce_with_logits_sum, poisson, poisson_sum,
+) = map(_elementwise_loss, _ELEMENTWISE)  # fmt: skip
 
 
 # ---- draws and normalisation ---------------------------------------------------------------------------------------

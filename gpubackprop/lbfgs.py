@@ -81,6 +81,9 @@ class SearchStep(Step):
         here = self._here
         if here is None or (here.weights != weights).any():
             here = self._evaluate(weights)
+        if (minimizer := self.state.search.minimizer) is not None:
+            self._end(here, self._evaluate(minimizer(self._loss, weights)))
+            return
         if not math.isfinite(here.loss) or np.abs(here.gradient).max(initial=0) <= self.state.search.tolerance:
             self._end(here, here)
             return
@@ -110,6 +113,10 @@ class SearchStep(Step):
         """Stand at the point; the search is over where it is where it began."""
         self._here = found if found is self._last else self._evaluate(found.weights)
         self.state.finished = bool((found.weights == begun.weights).all())
+
+    def _loss(self, weights: Vector) -> tuple[float, Vector]:
+        point = self._evaluate(weights)
+        return point.loss, point.gradient
 
     def _evaluate(self, weights: Vector, length: float = 0.0, d: Vector | None = None) -> Point:
         back, arena = self.backend, self.model.arena

@@ -25,7 +25,7 @@ class Objective:
 
     name: str
     function: Callable[..., Tensor]
-    head: str | None  # what turns outputs into probabilities; None is decided by the number of outputs
+    head: str | None  # what turns outputs into probabilities or means; None is decided by the number of outputs
     metrics: tuple[str, ...]
     step: Callable[..., Buffer] | None = None  # its gradient in one launch; None for a user's callable
     classes: bool = False
@@ -102,12 +102,10 @@ class Objective:
             return as_labels(y, outputs, where)
         if self.own:
             return as_targets(y, dtype, y.shape[1] if y.ndim == 2 else 1, where)
-        rows = (as_probabilities if self.name == "bce" else as_targets)(y, dtype, outputs, where)
-        if self.classes and rows.min() < 0:
-            row = int(rows.min(1).argmin())
-            raise ValueError(
-                f"{where}: y has {rows[row].min():g} at row {row}; weights of classes must not be negative"
-            )
+        rows = (as_probabilities if self.head == "sigmoid" else as_targets)(y, dtype, outputs, where)
+        if (self.classes or self.head == "exp") and rows.min() < 0:
+            row, what = int(rows.min(1).argmin()), "weights of classes" if self.classes else f"numbers of {self.name}"
+            raise ValueError(f"{where}: y has {rows[row].min():g} at row {row}; {what} must not be negative")
         return rows
 
 
@@ -142,9 +140,13 @@ LOSSES = {
             classes=True,
         ),
         Objective("bce", fused.bce_with_logits, "sigmoid", ("accuracy",), _step("bce_with_logits")),
+        Objective("bce_sum", fused.bce_with_logits_sum, "sigmoid", ("accuracy",), _step("bce_with_logits_sum")),
         Objective("mse", fused.mse, "identity", ("r2",), _step("mse")),
         Objective("half_mse", fused.half_mse, "identity", ("r2",), _step("half_mse")),
         Objective("sse", fused.sse, "identity", ("r2",), _step("sse")),
+        Objective("half_sse", fused.half_sse, "identity", ("r2",), _step("half_sse")),
+        Objective("poisson", fused.poisson, "exp", (), _step("poisson")),
+        Objective("poisson_sum", fused.poisson_sum, "exp", (), _step("poisson_sum")),
     )
 }
 

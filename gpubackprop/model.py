@@ -90,7 +90,7 @@ class Layer:
     """
 
     dtype: npt.DTypeLike = "float32"
-    output_kind: str | None = None  # what turns outputs into probabilities: "softmax" or "sigmoid"; the Trainer sets it
+    output_kind: str | None = None  # what makes predictions of outputs: "softmax", "sigmoid", …; the Trainer sets it
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     seed: int | None = None  # of the drawn weights; None while they are not drawn
     _arenas: tuple[Arena, Arena] | None = None  # trained and not
@@ -334,7 +334,7 @@ class Layer:
         return np.asarray(out > 0, np.int64).reshape(-1 if out.shape[1] == 1 else out.shape)
 
     def _head(self, out: npt.NDArray[Any], where: str) -> str:
-        if self.output_kind == "identity":
+        if self.output_kind in ("identity", "exp"):
             raise ValueError(f"{where}: the model was trained for regression; use predict")
         return self.output_kind or ("softmax" if out.shape[1] > 1 else "sigmoid")
 

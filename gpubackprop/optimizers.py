@@ -1,6 +1,6 @@
 """Optimizers: hyperparameters, and the rule of formulas.RULES that they are for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
+Minimizer = Callable[[Callable[[Floats], tuple[float, Floats]], Floats], Floats]
 Groups = Mapping[str, Mapping[str, Any]]
 BOUNDS = {"lr": "> 0", "eps": "> 0", "weight_decay": ">= 0", "momentum_decay": ">= 0", "tolerance": ">= 0"}
 
@@ -107,11 +108,16 @@ class SGD(Optimizer):
     a convex programming problem with convergence rate O(1/k²)"). "torch" takes it at p and steps by g + momentum · z,
     as PyTorch and scikit-learn do. "seed" takes it at p − momentum · z, as some lecture notes have it, without the
     learning rate: it diverges where the curvature exceeds 1 + 1 / momentum, however small lr is.
+
+    velocity=True adds up steps in place of gradients, z = momentum · z + lr · g and p -= z (Sutskever et al., "On the
+    importance of initialization and momentum in deep learning"; scikit-learn): the same while lr is constant, but when
+    it falls, what momentum carries on does not shrink with it.
     """
 
     lr: Rate = 1e-2
     momentum: float = 0.0
     nesterov: str | None = None
+    velocity: bool = field(default=False, kw_only=True)
     label: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
@@ -119,11 +125,15 @@ class SGD(Optimizer):
         choice("SGD", "nesterov", self.nesterov, (None, "lookahead", "torch", "seed"))
         if self.nesterov and not self.momentum:
             raise ValueError("SGD: nesterov needs a momentum > 0")
+        if self.velocity and self.nesterov not in (None, "torch"):
+            raise ValueError(f"SGD: velocity=True goes with nesterov None or 'torch', got {self.nesterov!r}")
 
     @property
     def rule(self) -> Rule:
         if not self.momentum:
             return RULES["sgd"]
+        if self.velocity:
+            return RULES["velocity_torch" if self.nesterov else "velocity"]
         return RULES[{None: "momentum", "lookahead": "nesterov"}.get(self.nesterov, f"nesterov_{self.nesterov}")]
 
 
@@ -288,12 +298,16 @@ class LBFGS(Optimizer):
     For small data: every step takes all rows, whatever the batch size, evaluates the loss up to `evaluations` times,
     and its vectors lie on the host in float64. An epoch is one such step; training ends where no element of the
     gradient exceeds `tolerance`, or no further decrease is found.
+
+    `minimizer(function, weights)`, one of SciPy's perhaps, makes the step instead: it goes from these weights, all in
+    one vector, to those it returns; function(weights) is the loss and its gradient.
     """
 
     lr: float = 1.0
     history: int = 10
     evaluations: int = 25
     tolerance: float = 1e-7
+    minimizer: Minimizer | None = field(default=None, kw_only=True)
     label: ClassVar[str] = "lbfgs"
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ __all__ = ["RATES", "Prediction", "Recipe", "Run", "doubtful_classes", "figures"
 
 Array = NDArray[Any]
 
-LOSSES = {"softmax": "cross_entropy", "sigmoid": "bce", "identity": "mse"}  # by what turns outputs into probabilities
+LOSSES = {"softmax": "cross_entropy", "sigmoid": "bce", "identity": "mse", "exp": "poisson"}  # by the model's head
 RATES = {"adam": (3e-3, 3e-3), "adamw": (3e-3, 3e-3), "sgd": (0.1, 5e-3)}  # for classes, for numbers
 
 
@@ -97,7 +97,7 @@ def read_for(model: Layer, data: str, extra: Mapping[str, Any], labelled: bool =
         return read(data)
     if not labelled:
         return read_table(data, columns=extra.get("columns"), labelled=False)
-    task: Task = "regression" if trained_loss(model) == "mse" else "classification"
+    task: Task = "regression" if trained_loss(model) in ("mse", "poisson") else "classification"
     classes = extra.get("classes")
     if task == "classification" and classes is None and model.inputs:  # of gb.save_model: its labels are numbers
         outputs = model.predict(np.zeros((1, model.inputs))).shape[1]
@@ -288,8 +288,8 @@ def predict(model: Layer, x: Array, classes: list[str] | None = None) -> Predict
     Where the loss is not known, one output is a number and several are classes.
     """
     head = model.output_kind
-    if head == "identity" or (head is None and model.predict(x[:1]).shape[1] == 1):
-        value = model.predict(x)
+    if head in ("identity", "exp") or (head is None and model.predict(x[:1]).shape[1] == 1):
+        value = np.exp(model.predict(x)) if head == "exp" else model.predict(x)
         return Prediction(value.ravel() if value.shape[1] == 1 else value)
     labels, probability = model.predict_classes(x), model.predict_proba(x)
     if labels.ndim != 1:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 import gpubackprop as gb
 from gpubackprop.lbfgs import CURVATURE, DECREASE, Point, strong_wolfe
@@ -120,3 +121,23 @@ def test_what_it_cannot_do_is_an_error(more):
 def test_bad_settings(bad, kind, message):
     with pytest.raises(kind, match=message):
         gb.LBFGS(**bad)
+
+
+def test_a_minimizer_makes_the_step_instead():
+    """SciPy's, over loss and gradient with the penalty: it ends where LBFGS does, in one epoch."""
+    x, y, model = line()
+    found = []
+
+    def search(function, weights):
+        found.append(minimize(function, weights, method="L-BFGS-B", jac=True))
+        return found[-1].x
+
+    trainer = gb.Trainer(model, "mse", gb.LBFGS(minimizer=search), metrics=["mse"], l2=0.1, seed=0)
+    history = trainer.fit(x, y, epochs=50)
+    assert len(found) == len(history["loss"]) == 2  # the second changes nothing, which ends training
+    assert history["loss"] == pytest.approx([found[0].fun] * 2, rel=1e-12)
+    ours = line()[2]
+    gb.Trainer(ours, "mse", gb.LBFGS(), l2=0.1, seed=0).fit(x, y, epochs=50)
+    assert trainer.evaluate(x, y)["loss"] == pytest.approx(
+        gb.Trainer(ours, "mse", l2=0.1).evaluate(x, y)["loss"], abs=1e-12
+    )

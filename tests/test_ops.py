@@ -176,6 +176,7 @@ case("diamond", lambda x: (lambda y: y * y + y.exp())(x.sin()), lambda x: np.sin
 LABELS = np.array([2, 0, 3, 3])
 SOFT = np.arange(12.0).reshape(4, 3) / 9
 T01 = np.array([[0.0, 1], [1, 0.25], [0.5, 1]])
+COUNTS = np.array([[0.0, 1], [3, 0], [2.5, 7]])
 
 
 def norm(x, gain, bias, axis):
@@ -184,6 +185,11 @@ def norm(x, gain, bias, axis):
 
 def bce(x, t):
     return np.logaddexp(0, x) - x * t
+
+
+def poisson(x, t):
+    """Half the deviance of counts t from means eˣ."""
+    return np.exp(x) - t + t * np.log(np.where(t > 0, t, 1)) - t * x
 
 
 def cross_entropy(x, t):
@@ -238,9 +244,33 @@ for how, over in (("mean", np.mean), ("sum", np.sum)):
         (3, 2),
     )
     case(
+        f"half_sse {how}",
+        lambda x, h=how: gb.half_sse(x, T01.astype(x.dtype), h),
+        lambda x, o=over: o(((x - T01) ** 2).sum(1)) / 2,
+        (3, 2),
+    )
+    case(
         f"bce {how}",
         lambda x, h=how: gb.bce_with_logits(x, T01.astype(x.dtype), h),
         lambda x, o=over: o(bce(x, T01).mean(1)),
+        (3, 2),
+    )
+    case(
+        f"bce_sum {how}",
+        lambda x, h=how: gb.bce_with_logits_sum(x, T01.astype(x.dtype), h),
+        lambda x, o=over: o(bce(x, T01).sum(1)),
+        (3, 2),
+    )
+    case(
+        f"poisson {how}",
+        lambda x, h=how: gb.poisson(x, COUNTS.astype(x.dtype), h),
+        lambda x, o=over: o(poisson(x, COUNTS).mean(1)),
+        (3, 2),
+    )
+    case(
+        f"poisson_sum {how}",
+        lambda x, h=how: gb.poisson_sum(x, COUNTS.astype(x.dtype), h),
+        lambda x, o=over: o(poisson(x, COUNTS).sum(1)),
         (3, 2),
     )
 WEIGHTS = np.array([0.5, 0.0, 2.0, 1.25])

@@ -168,6 +168,8 @@ RULES = {
     "momentum, decay": (gb.SGD(0.02, momentum=0.9, weight_decay=0.1), momentum),
     "lookahead": (gb.SGD(0.02, momentum=0.9, nesterov="lookahead"), lookahead),
     "nesterov, torch": (gb.SGD(0.02, momentum=0.9, nesterov="torch"), nesterov_torch),
+    "velocity": (gb.SGD(0.02, momentum=0.9, velocity=True), momentum),
+    "velocity, torch": (gb.SGD(0.02, momentum=0.9, nesterov="torch", velocity=True), nesterov_torch),
     "nesterov, seed": (gb.SGD(0.02, momentum=0.1, nesterov="seed"), nesterov_seed),
     "adagrad": (gb.Adagrad(0.1), adagrad),
     "adagrad, inside": (gb.Adagrad(0.1, eps=1e-3, eps_at="inside"), adagrad),
@@ -443,6 +445,10 @@ BAD = {
     "eps": (lambda: gb.Adam(eps=0.0), "Adam: eps must be > 0, got 0"),
     "decay": (lambda: gb.AdamW(weight_decay=-1), "AdamW: weight_decay must be >= 0, got -1"),
     "nesterov": (lambda: gb.SGD(momentum=0.9, nesterov="tf"), "unknown nesterov 'tf'; choose from .*lookahead"),
+    "velocity": (
+        lambda: gb.SGD(momentum=0.9, nesterov="seed", velocity=True),
+        "SGD: velocity=True goes with nesterov None or 'torch', got 'seed'",
+    ),
     "nesterov without momentum": (lambda: gb.SGD(nesterov="lookahead"), "nesterov needs a momentum > 0"),
 }
 

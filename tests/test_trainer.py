@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import gpubackprop as gb
+from gpubackprop import runs
 from gpubackprop.plan import recording
 from gpubackprop.precision import PRECISIONS
 
@@ -68,6 +69,21 @@ def test_digits_are_learnt():
     assert trainer.evaluate(x_test, y_test) == {k: history[f"val_{k}"][-1] for k in ("loss", "accuracy")}
     assert (trainer.model.predict_classes(x_test) == y_test).mean() == history["val_accuracy"][-1]
     assert history is trainer.history
+
+
+def test_counts_are_learnt_as_logarithms_of_means(tmp_path, rng):
+    x = rng.uniform(-1, 1, (400, 2))
+    means = np.exp(1 + x @ [0.5, -1])
+    model = gb.mlp([2, 16, 1], "tanh").initialize(0)
+    gb.Trainer(model, "poisson", gb.Adam(0.02), seed=0).fit(x, rng.poisson(means), epochs=60, batch_size=50)
+    gb.save_model(model, tmp_path / "counts.safetensors")
+    predicted = runs.predict(gb.load_model(tmp_path / "counts.safetensors"), x).value
+    np.testing.assert_array_equal(predicted, np.exp(model.predict(x))[:, 0])
+    assert np.abs(predicted / means - 1).mean() < 0.15
+    with pytest.raises(ValueError, match="predict_proba: the model was trained for regression"):
+        model.predict_proba(x)
+    with pytest.raises(ValueError, match="y has -1 at row 1; numbers of poisson must not be negative"):
+        gb.Trainer(model, "poisson").fit(x[:2], [[0], [-1]])
 
 
 @pytest.mark.parametrize("loss", ["mse", "half_mse", "sse"])
@@ -218,6 +234,10 @@ LOSSES = {
     "mse": lambda rng: (rng.normal(size=(12, 3)), "mse"),
     "half_mse": lambda rng: (rng.normal(size=(12, 3)), "half_mse"),
     "sse": lambda rng: (rng.normal(size=(12, 3)), "sse"),
+    "half_sse": lambda rng: (rng.normal(size=(12, 3)), "half_sse"),
+    "bce_sum": lambda rng: (rng.integers(0, 2, (12, 3)), "bce_sum"),
+    "poisson": lambda rng: (rng.poisson(1, (12, 3)), "poisson"),
+    "poisson_sum": lambda rng: (rng.poisson(1, (12, 3)), "poisson_sum"),
     "own": lambda rng: (rng.normal(size=(12, 3)), lambda output, target: gb.abs(output - target).mean()),
 }
 
@@ -273,11 +293,17 @@ def numpy_loss(name, z, y):
         log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
         t = np.eye(z.shape[1])[y] if y.ndim == 1 else y
         return -(t * log_p).sum(1).mean()
-    each = {"mse": (z - y) ** 2, "half_mse": (z - y) ** 2 / 2, "bce": np.logaddexp(0, z) - z * y, "sse": (z - y) ** 2}
-    return each[name].sum(1).mean() / (1 if name == "sse" else z.shape[1])
+    bce, squares, poisson = (
+        np.logaddexp(0, z) - z * y,
+        (z - y) ** 2,
+        np.exp(z) - y * z + y * np.log(np.maximum(y, 1e-300)) - y,
+    )
+    each = {"mse": squares, "half_mse": squares / 2, "sse": squares, "half_sse": squares / 2}
+    each |= {"bce": bce, "bce_sum": bce, "poisson": poisson, "poisson_sum": poisson}
+    return each[name].sum(1).mean() / (1 if name.endswith(("sse", "sum")) else z.shape[1])
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "soft labels", "bce", "mse", "half_mse", "sse"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "own"])
 @pytest.mark.parametrize("n", [1, 12, 1500])
 def test_evaluate_equals_numpy(name, n, rng):
     y = np.concatenate([LOSSES[name](rng)[0] for _ in range(125)])[:n]
@@ -289,9 +315,9 @@ def test_evaluate_equals_numpy(name, n, rng):
     assert figures.pop("loss") == pytest.approx(numpy_loss(loss, z, y), rel=1e-12)
     if name == "cross_entropy":
         assert figures == {"accuracy": (z.argmax(1) == y).mean()}
-    elif name == "bce":
+    elif name.startswith("bce"):
         assert figures == {"accuracy": pytest.approx(((z > 0) == (y > 0.5)).mean())}
-    elif name == "soft labels":
+    elif name.startswith(("soft labels", "poisson")):
         assert figures == {}
     elif n > 1:
         assert figures == {"r2": pytest.approx((1 - ((y - z) ** 2).sum(0) / ((y - y.mean(0)) ** 2).sum(0)).mean())}
@@ -1060,7 +1086,7 @@ BAD_TRAINERS = {
     "model class":      (lambda: gb.Trainer(gb.Sequential), TypeError, "model is .*; expected a layer, such as gb.mlp"),
     "model list":       (lambda: gb.Trainer([gb.Dense(2, 2)]), TypeError, "model is list; expected a layer"),
     "loss":             (lambda: gb.Trainer(model(), "crossentropy"), ValueError,
-                         "unknown loss 'crossentropy'; choose from bce, cross_entropy, half_mse, mse, sse"),
+                         "unknown loss 'crossentropy'; choose from bce, bce_sum, cross_entropy, half_mse, half_sse, "),
     "metric":           (lambda: gb.Trainer(model(), metrics=["acc"]), ValueError,
                          "unknown metric 'acc'; choose from accuracy, mae, mse, r2"),
     "metrics, no list": (lambda: gb.Trainer(model(), metrics="accuracy"), TypeError, r"metrics .*\['accuracy'\]"),
