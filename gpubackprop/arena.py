@@ -126,6 +126,11 @@ class Arena:
         self.backend.write(buffer, 0)
         return buffer
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every parameter is still here, and none has moved to another arena."""
+        return all(p.home is self for p in self.parameters.values())
+
     def slice(self, buffer: Buffer, key: str) -> Buffer:
         """The parameter's place in a buffer with the arena's layout."""
         shape, start = self.parameters[key].shape, self.offsets[key]

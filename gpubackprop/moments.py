@@ -38,6 +38,7 @@ class Moments:
                              f"at most {MOST_GROUPS} are possible; use fewer patterns")  # fmt: skip
         self.moments = {name: arena.zeros() for name in self.rule.state}
         self.scalars = self._scalars()
+        self.powers = {n[:-2] for e, _ in self.scalars.values() for n in free_names(e) if n.endswith("_t")}
 
     def _scalars(self) -> dict[str, tuple[Expr, int]]:
         """The columns of the step table: for each part every expression of scalars alone, and the part's number."""
@@ -53,11 +54,9 @@ class Moments:
         """Each scalar at the updates that follow on `done` of them and `epoch` epochs, in float64."""
         t = np.arange(done, done + updates, dtype=np.float64)
         named = [own.scalars(t + 1, rates(own.lr, t, epoch, history)) for _, own in self.parts]
-        rows: dict[str, Floats] = {}
-        for column, (e, i) in self.scalars.items():
-            powers = {n: named[i][n[:-2]] ** (t + 1) for n in free_names(e) if n.endswith("_t")}
-            rows[column] = values_of(e, named[i] | powers, t)
-        return rows
+        for values in named:
+            values |= {f"{n}_t": values[n] ** (t + 1) for n in self.powers}
+        return {column: values_of(e, named[i], t) for column, (e, i) in self.scalars.items()}
 
     def record(
         self, table: StepTable, clip: float = math.inf, dynamic: bool = False, copy: Buffer | None = None, *,
@@ -119,7 +118,8 @@ def columns_of(graph: Mapping[str, Expr], arrays: tuple[str, ...]) -> list[Expr]
 
 def values_of(e: Expr, named: Mapping[str, Any], like: Floats) -> Floats:
     """The column of an expression of scalars, each a number or a value per step, in float64."""
-    return np.broadcast_to(np.asarray(evaluate(e, named, _NUMPY), np.float64), like.shape)
+    value = evaluate(e, named, _NUMPY)
+    return value if np.shape(value) == like.shape else np.full(like.shape, value, np.float64)
 
 
 _NUMPY: dict[str, Callable[..., Any]] = {

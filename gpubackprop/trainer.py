@@ -73,7 +73,7 @@ class TrainingDiverged(FloatingPointError):
 class Trainer:
     """Trains a model by mini-batch descent; after the first step of a batch size every step is a replay.
 
-    `loss` is a name (cross_entropy, bce, mse, half_mse, sse) or a callable (output, target) -> tensor, the mean over
+    `loss` is a name (cross_entropy, bce, mse, poisson, …) or a callable (output, target) -> tensor, the mean over
     the batch; `optimizer` an instance or a name; `metrics` names (None: accuracy or r2, by the loss). `seed` keys the
     weights (unless model.initialize ran before), the order of the rows and dropout; None draws a fresh one, kept in
     `.seed`. A trainer belongs to one thread.
@@ -122,6 +122,7 @@ class Trainer:
         if np.dtype(model.dtype) != self.precision.master:
             model.dtype = self.precision.master
             model._lay_out(device)
+        self._asked = device
         self._prepare(device)
         model.initialize(self.seed, missing=True)
         model.output_kind = model.output_kind or self.objective.head  # what it was trained as before stays until fit
@@ -159,7 +160,8 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:
         device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting", "_terms", "_graphs"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
-        return kept | {"device": self.backend.device, "moments": self.state.host(), "control": self._control()}
+        place = "auto" if self._asked == "auto" else self.backend.device  # a file may be read where there is no GPU
+        return kept | {"device": place, "moments": self.state.host(), "control": self._control()}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         device, moments, control = (kept.pop(key) for key in ("device", "moments", "control"))
@@ -271,7 +273,7 @@ class Trainer:
                     self._note(figures)
                     bar.epoch(figures)
                     stops = [isinstance(r := c(self), bool | np.bool_) and bool(r) for c in callbacks]
-                    if self.model.arena is not self.state.arena:
+                    if not self.state.arena.holds_all:
                         raise RuntimeError("fit: a callback moved the model's parameters; do it between fits")
                     loss = figures["loss" if held_out is None else "val_loss"]
                     if any(stops) or self.state.finished or (stop_below is not None and loss < stop_below):
@@ -418,7 +420,10 @@ class Trainer:
         whole_weight = np.bincount(updates, weight)[updates].astype(np.float64)  # of all batches of the update
         values = self.state.table_rows(self.step, len(weight), self.epoch, self.history)
         values |= {"1 / weight": inverse(whole_weight)} | self.penalty.table_rows(whole_weight)
-        table.load(np.stack([values[c] for c in table.columns], axis=1), offsets, self._batches + 1)
+        rows = np.empty((len(weight), len(table.columns)))
+        for i, column in enumerate(table.columns):
+            rows[:, i] = values[column]
+        table.load(rows, offsets, self._batches + 1)
 
     # ---- reading
 

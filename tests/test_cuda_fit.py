@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import re
 import signal
 import threading
@@ -314,6 +315,24 @@ def test_models_move_between_devices_with_their_values(cuda):
         np.testing.assert_array_equal(value, before[key])
     twin = copy.deepcopy(trainer())
     assert twin.backend.device == "cuda:0"
+
+
+def test_a_trainer_of_any_device_is_read_where_there_is_no_gpu(cuda, monkeypatch):
+    monkeypatch.setattr(backends, "_auto", lambda: "cuda")
+    any_device, this_device = trainer("auto"), trainer("cuda")
+    any_device.fit(x, y, epochs=1, batch_size=64)
+    files = [pickle.dumps(t) for t in (any_device, this_device)]
+
+    def fail(device, number):
+        raise RuntimeError(f"device {device!r}: there is no GPU")
+
+    monkeypatch.setattr(backends, "_auto", lambda: "cpu")
+    monkeypatch.setattr(backends, "_index", fail)
+    read = pickle.loads(files[0])
+    assert any_device.backend is cuda and read.backend.device == "cpu"
+    assert_same_bits(read, any_device)
+    with pytest.raises(RuntimeError, match="there is no GPU"):
+        pickle.loads(files[1])
 
 
 def test_a_moved_model_keeps_the_scale_of_the_loss(cuda):

@@ -173,7 +173,8 @@ class NativeStepTable(NumpyStepTable):
         """Take the rows of the coming steps; see StepTable."""
         self.counters = self.state[:2]
         super().load(rows, np.ascontiguousarray(offsets, np.int64), first)
-        addresses = (a.ctypes.data for a in (self.rows, self.offsets, self.row, self.applied_row, self.control))
+        arrays = (self.rows, self.offsets, self.row, self.applied_row, self.control)
+        addresses = (a.__array_interface__["data"][0] for a in arrays)  # a quarter of the time of a.ctypes.data
         self.state[2:] = len(rows) - 1, first, len(self.columns), *addresses
 
 
