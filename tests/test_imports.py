@@ -30,8 +30,9 @@ LEVELS = [
     {"range_test", "guessing", "diagnostics"},
     {"nan_search", "report"},
     {"__init__"},
-    {"runs", "installation", "parity", "roofline"},
-    {"doctor"},
+    {"runs", "installation", "parity", "roofline", "solvers"},
+    {"perceptron"},
+    {"doctor", "sklearn"},
     {"cli"},
     {"__main__"},
 ]
@@ -79,7 +80,18 @@ def run_python(code: str) -> str:
 
 def test_importing_loads_nothing_heavy():
     code = "import sys, gpubackprop; print([m for m in {} if m in sys.modules])".format(
-        ("tqdm", "click", "safetensors", "importlib.metadata", "cupy", "csv", "json", "numpy.testing")
+        (
+            "tqdm",
+            "click",
+            "safetensors",
+            "importlib.metadata",
+            "cupy",
+            "csv",
+            "json",
+            "numpy.testing",
+            "sklearn",
+            "scipy",
+        )
     )
     assert run_python(code) == "[]"
 

@@ -872,3 +872,26 @@ def test_seed_44_input_noise_is_weight_decay_of_a_linear_model(rng):
     error = np.std(found, 0) / np.sqrt(steps)
     assert (np.abs(np.mean(found, 0) - expected) < 4 * error).all()
     assert (error < np.abs(np.array(expected) - [clean.item(), *w.grad.numpy()[:, 0]]).max() / 8).all()  # and can tell
+
+
+# ---- row 45: hyperparameters ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_seed_45_a_grid_search_works_unchanged():
+    """GridSearchCV over a pipeline finds for our estimator, fold by fold, what it finds for scikit-learn's own."""
+    from sklearn import datasets, model_selection, neural_network, pipeline, preprocessing
+
+    from gpubackprop.sklearn import MLPClassifier
+
+    x, y = datasets.load_iris(return_X_y=True)
+    grid = {"mlp__hidden_layer_sizes": [(3,), (12,)], "mlp__learning_rate_init": [1e-3, 1e-1]}
+    found = []
+    for kind in (MLPClassifier, neural_network.MLPClassifier):
+        steps = [("scale", preprocessing.StandardScaler()), ("mlp", kind(max_iter=15, batch_size=30, random_state=0))]
+        found.append(model_selection.GridSearchCV(pipeline.Pipeline(steps), grid, cv=3).fit(x, y))
+    ours, theirs = found
+    assert ours.best_params_ == theirs.best_params_
+    for fold in range(3):
+        np.testing.assert_array_equal(*(s.cv_results_[f"split{fold}_test_score"] for s in found))
+    assert isinstance(ours.best_estimator_[-1].model_, gb.Sequential) and ours.score(x, y) > 0.95
