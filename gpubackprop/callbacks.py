@@ -1,7 +1,8 @@
 """What runs after each epoch: any function of the trainer; early stopping."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from gpubackprop.checks import flag, number, whole
 from gpubackprop.rates import watched
 from gpubackprop.step import Keeper
 
-__all__ = ["Callback", "EarlyStopping", "each"]
+__all__ = ["Callback", "EarlyStopping", "around"]
 
 
 # Called with the trainer after each epoch; one that returns True stops. One that has `begin` or `end` has them called
@@ -17,11 +18,16 @@ __all__ = ["Callback", "EarlyStopping", "each"]
 Callback = Callable[[Any], object]
 
 
-def each(callbacks: Iterable[Callback], moment: str, trainer: Any) -> None:
-    """Call the method of that name of those that have one."""
-    for callback in callbacks:
-        if (method := getattr(callback, moment, None)) is not None:
-            method(trainer)
+@contextmanager
+def around(callbacks: Iterable[Callback], trainer: Any) -> Iterator[None]:
+    """Call `begin` of those that have it, and afterwards `end` of all that were begun, the last first."""
+    with ExitStack() as ends:
+        for callback in callbacks:
+            if (begin := getattr(callback, "begin", None)) is not None:
+                begin(trainer)
+            if (end := getattr(callback, "end", None)) is not None:
+                ends.callback(end, trainer)
+        yield
 
 
 @dataclass
@@ -31,7 +37,8 @@ class EarlyStopping:
 
     restore_best=True puts back the weights, statistics and moments of the best epoch at the end of the fit, whether
     it was stopped or not; the copy stays on the device. `.best` is the best figure and `.best_epoch` its epoch,
-    counted from 1.
+    counted from 1. The loss of an epoch is taken while its weights change: monitor a figure of validation to restore
+    the weights that had it.
     """
 
     monitor: str | None = None
@@ -42,9 +49,15 @@ class EarlyStopping:
     best_epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.monitor, str | None):
+            got = f"{type(self.monitor).__name__} {self.monitor!r}"
+            raise TypeError(f"EarlyStopping: monitor must be the name of a figure, such as 'val_loss', got {got}")
         self.patience = whole("EarlyStopping", "patience", self.patience)
         self.min_delta = number("EarlyStopping", "min_delta", self.min_delta, ">= 0")
         self.restore_best = flag("EarlyStopping", "restore_best", self.restore_best)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_keeper"}
 
     def begin(self, trainer: Any) -> None:
         """Forget what was seen."""
@@ -68,4 +81,4 @@ class EarlyStopping:
         """Put the best epoch back."""
         if self._keeper is not None and self.best_epoch:
             self._keeper.restore()
-        self._keeper = None
+        del self._keeper

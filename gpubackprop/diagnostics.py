@@ -116,7 +116,7 @@ class Observed:
 
 
 def observed(trainer: Trainer, x: Any, y: Any, where: str) -> Observed:
-    """One forward and backward of the mean loss over the rows, in the model's own type."""
+    """One forward and backward of the mean loss over the rows, without penalties, in the model's own type."""
     twin = copied(trainer, where)
     rows, targets, _ = twin._data(x, y, where)
     back, watcher = twin.backend, _Watcher(twin.model)
@@ -224,6 +224,7 @@ def _weight_of(site: Site) -> Parameter | None:
 
 def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Tensor], tuple[Array, ...]]:
     """(L, w): the mean training loss over the rows as a function of the trained weights, and these, all in float64.
+    Penalties and smoothed labels are part of it.
 
     L takes a tensor for each array of w, in the order of `model.named_parameters()`, and computes where they lie: for
     `gb.hessian_vector_product`, `gb.gradcheck` and `gb.value_and_grad`, which take w as it is.
@@ -231,10 +232,13 @@ def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Ten
     where = "loss_of_weights"
     twin, step = copied(trainer, where), trainer.step + 1
     loss = twin.objective.function if twin.objective.own else twin.objective.name
-    double = Trainer(twin.model, loss, device=twin.backend.device, seed=twin.seed, precision="float64")
+    double = Trainer(
+        twin.model, loss, device=twin.backend.device, seed=twin.seed, precision="float64",
+        label_smoothing=twin.objective.smoothing,
+    )  # fmt: skip
     rows, targets, _ = double._data(x, y, where)
     host = double.backend.to_numpy(rows) if is_on_device(rows) else np.array(rows)  # the caller may write over x and y
-    targets, model = np.array(targets), double.model
+    targets, model, penalty = np.array(targets), double.model, trainer._terms.penalty
     trained = [p for p in model.named_parameters().values() if p.stepped]
 
     def loss_of(*weights: Tensor) -> Tensor:
@@ -248,6 +252,7 @@ def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Ten
         with_weights._lay_out(back.device)
         with training(double.seed, step):
             output = with_weights(Tensor(back.asarray(host), back))
-            return double.objective.total(output, Tensor(back.asarray(targets), back)) * (1 / len(host))
+            mean = double.objective.total(output, Tensor(back.asarray(targets), back)) * (1 / len(host))
+            return penalty.added(mean, weights, len(host))
 
     return loss_of, tuple(p.numpy() for p in trained)

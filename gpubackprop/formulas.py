@@ -172,7 +172,9 @@ class Pass:
 
 PASSES: dict[str, Pass] = _rows(
     Pass("mask",       "where(mask == 0, 0, g)"),
-    Pass("clip_value", "minimum(maximum(g, -limit * scale), limit * scale)", single=("limit", "scale")),
+    # what is not finite stays so, for the norm to find: then g - g is NaN
+    Pass("clip_value", "where(g - g == 0, minimum(maximum(g, -limit * scale), limit * scale), g)",
+         single=("limit", "scale")),
 )  # fmt: skip
 
 

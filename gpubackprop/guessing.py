@@ -48,7 +48,7 @@ def random_search(
     where = "random_search"
     low, high = _bounds(where, low, high)
     generator = np.random.default_rng(as_seed(seed, where))
-    size = trainer.model.parameter_count
+    size = _weights(trainer.model)
     return _best_of(
         trainer, x, y, (generator.uniform(low, high, size) for _ in range(whole(where, "guesses", guesses)))
     )
@@ -56,7 +56,7 @@ def random_search(
 
 def grid_points(model: Layer, segments: int = 10) -> int:
     """segments^N, the points of a grid over the N trained weights: how many guesses a search among them takes."""
-    points: int = whole("grid_points", "segments", segments) ** model.parameter_count
+    points: int = whole("grid_points", "segments", segments) ** _weights(model)
     return points
 
 
@@ -67,11 +67,16 @@ def grid_search(trainer: Trainer, x: Any, y: Any, segments: int = 10, low: float
     low, high = _bounds(where, low, high)
     points = grid_points(trainer.model, segments)
     if points > MOST_POINTS:
-        n = trainer.model.parameter_count
+        n = _weights(trainer.model)
         count = f"{segments}^{n:,} guesses, a number of {1 + math.floor(n * math.log10(segments)):,} digits"
         raise ValueError(f"{where}: {count}, are more than {MOST_POINTS:,}; use random_search, or better a gradient")
     middles = low + (high - low) * (np.arange(segments) + 0.5) / segments
-    return _best_of(trainer, x, y, map(np.array, itertools.product(middles, repeat=trainer.model.parameter_count)))
+    return _best_of(trainer, x, y, map(np.array, itertools.product(middles, repeat=_weights(trainer.model))))
+
+
+def _weights(model: Layer) -> int:
+    """How many weights are trained, without those that are frozen."""
+    return sum(math.prod(p.shape) for p in model.named_parameters().values() if p.stepped)
 
 
 def _bounds(where: str, low: Any, high: Any) -> tuple[float, float]:
@@ -84,7 +89,7 @@ def _bounds(where: str, low: Any, high: Any) -> tuple[float, float]:
 def _best_of(trainer: Trainer, x: Any, y: Any, guesses: Iterable[Floats]) -> Guesses:
     """Evaluate each vector of weights, laid out as the parameters are named, and keep the best."""
     model, losses = trainer.model, list[float]()
-    trained = {key: p.shape for key, p in model.named_parameters().items() if p.trainable}
+    trained = {key: p.shape for key, p in model.named_parameters().items() if p.stepped}
     ends = np.cumsum([math.prod(shape) for shape in trained.values()])
     best = state = model.state_dict()
     for guess in guesses:

@@ -65,6 +65,12 @@ class Dense(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return fused.dense(x, self.weight, self.bias, self.activation, self.mask)
 
+    def constrain(self) -> Iterable[Parameter]:
+        if self.max_norm is None or not self.weight.stepped:
+            return ()
+        _constrain(self.weight, CONSTRAINTS["max_norm"], self.max_norm)
+        return (self.weight,)
+
     def settle(self) -> None:
         if self.mask is not None:
             self.weight.backend.write(self.weight.data, np.where(self.mask.numpy() == 0, 0, self.weight.numpy()))
@@ -80,12 +86,6 @@ def _edges(mask: Any, shape: tuple[int, ...]) -> Any:
     if not np.isin(edges, (0, 1)).all():
         raise ValueError("Dense: mask has other values than 0 and 1; pass bools, True where there is an edge")
     return edges.astype(np.float64)
-
-    def constrain(self) -> Iterable[Parameter]:
-        if self.max_norm is None or not self.weight.stepped:
-            return ()
-        _constrain(self.weight, CONSTRAINTS["max_norm"], self.max_norm)
-        return (self.weight,)
 
 
 def _constrain(p: Parameter, row: Constraint, c: float) -> None:

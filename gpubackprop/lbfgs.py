@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.arena import Arena
-from gpubackprop.moments import Moments
+from gpubackprop.moments import HostMoments, Moments
 from gpubackprop.optimizers import LBFGS
 from gpubackprop.plan import Plan
 from gpubackprop.step import Step
@@ -19,6 +19,7 @@ __all__ = ["Curvature", "SearchStep"]
 Vector = npt.NDArray[np.float64]
 DECREASE, CURVATURE = 1e-4, 0.9  # c₁ and c₂ of the strong Wolfe conditions
 GROWTH = 10.0  # of a trial step, at most
+DRAWS = ("dropout", "noise")  # launches
 MARGIN = 0.1  # of an interval, that a trial step in it stays away from the ends
 
 
@@ -43,6 +44,26 @@ class Curvature(Moments):
         for (s, y), share in zip(self.pairs, reversed(shares), strict=True):
             q += (share - (y @ q) / (y @ s)) * s
         return q
+
+    def host(self) -> HostMoments:
+        pairs = enumerate(self.pairs)
+        return {f"{what}{i}": self._named(v) for i, pair in pairs for what, v in zip("sy", pair, strict=True)}
+
+    def load(self, moments: HostMoments) -> None:
+        if all(values.keys() == self.arena.parameters.keys() for values in moments.values()):
+            found = {name: self._vector(values) for name, values in moments.items()}
+            self.pairs = [(found[f"s{i}"], found[f"y{i}"]) for i in range(len(found) // 2)]
+
+    def _named(self, vector: Vector) -> dict[str, Vector]:
+        shapes = {k: p.shape for k, p in self.arena.parameters.items()}
+        starts = self.arena.offsets
+        return {k: vector[starts[k] : starts[k] + math.prod(s)].reshape(s) for k, s in shapes.items()}
+
+    def _vector(self, values: dict[str, npt.NDArray[Any]]) -> Vector:
+        vector = np.zeros(self.arena.size)
+        for key, value in values.items():
+            vector[self.arena.offsets[key] :][: value.size] = value.reshape(-1)
+        return vector
 
     def learn(self, s: Vector, y: Vector) -> None:
         """Take a change of weights and of gradients, if the curvature along it is positive."""
@@ -73,10 +94,13 @@ class SearchStep(Step):
 
     def run(self, first: bool = True, last: bool = True) -> None:
         if not self._ready:
-            self._refuse_bounds()
-            self._ready[True, True] = self._record(True, True)
+            ready = self._record(True, True)
+            self._refuse()
+            self._ready[True, True] = ready
             self._weight = self.rows if self.w is None else float(self.backend.to_numpy(self.w).sum(dtype=np.float64))
             self._here = None
+        if self.dry:
+            return
         weights, self._last = self._read(self.model.arena.weights), None
         here = self._here
         if here is None or (here.weights != weights).any():
@@ -101,13 +125,18 @@ class SearchStep(Step):
         self.state.learn(found.weights - here.weights, found.gradient - here.gradient)
         self._end(here, found)
 
-    def _refuse_bounds(self) -> None:
+    def _refuse(self) -> None:
+        """Raise where a search would go wrong: under bounds of the weights, or draws that differ from step to step."""
         asked = Plan(self.backend, dry=True)
         with asked.record("update"):
             self._constrain()
         if asked.launches:
             raise ValueError(f"Trainer: LBFGS searches without bounds, but layer {asked.launches[0].layer!r} has them; "
                              "leave out max_norm, or choose another optimizer")  # fmt: skip
+        if drawn := [launch for launch in self.plan.sections["gradient"] if launch.name in DRAWS]:
+            remedy = f"leave out {drawn[0].name}, or choose another optimizer"
+            raise ValueError(f"Trainer: LBFGS compares the losses of one step and the next, but layer "
+                             f"{drawn[0].layer!r} draws anew in each; {remedy}")  # fmt: skip
 
     def _end(self, begun: Point, found: Point) -> None:
         """Stand at the point; the search is over where it is where it began."""

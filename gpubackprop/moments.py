@@ -27,6 +27,7 @@ class Moments:
     """An optimizer's moments over an arena, and the launches that step the weights."""
 
     finished = False  # whether there is no further step to make
+    last_lr = 0.0  # of the last update there are rows for
 
     def __init__(self, optimizer: Optimizer, arena: Arena) -> None:
         self.optimizer = optimizer
@@ -53,7 +54,9 @@ class Moments:
     def table_rows(self, done: int, updates: int, epoch: int = 0, history: History = NO_HISTORY) -> dict[str, Floats]:
         """Each scalar at the updates that follow on `done` of them and `epoch` epochs, in float64."""
         t = np.arange(done, done + updates, dtype=np.float64)
-        named = [own.scalars(t + 1, rates(own.lr, t, epoch, history)) for _, own in self.parts]
+        lrs = {id(lr): rates(lr, t, epoch, history) for lr in (self.optimizer.lr, *(own.lr for _, own in self.parts))}
+        self.last_lr = float(lrs[id(self.optimizer.lr)][-1])
+        named = [own.scalars(t + 1, lrs[id(own.lr)]) for _, own in self.parts]
         for values in named:
             values |= {f"{n}_t": values[n] ** (t + 1) for n in self.powers}
         return {column: values_of(e, named[i], t) for column, (e, i) in self.scalars.items()}

@@ -1,5 +1,6 @@
 """Which launch first made a NaN: a fit repeated on a copy, launch by launch, with a look at every result."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ def find_nan(trainer: Trainer, x: Any, y: Any, *, epochs: int = 1, **how: Any) -
     search = _Search(twin)
     try:
         with running(search):
-            twin.fit(x, y, epochs, **{"progress": False, **how})
+            twin.fit(x, y, epochs, **{"progress": False, **copy.deepcopy(how)})
     except _Found:
         return next(iter(search.found.values()))
     except TrainingDiverged as error:

@@ -31,7 +31,8 @@ class Optimizer:
     `lr` is a number, a schedule of gb.schedules or a function of the number of updates done. `weight_decay` adds
     weight_decay · p to the gradient (AdamW and Lion: p -= lr · weight_decay · p, apart from it), of the weight matrices
     only: biases and gains do not decay. `groups` sets numbers apart for parameters whose name matches a pattern, the
-    last that matches: {"0.*": {"lr": 1e-4}, "*.bias": {"weight_decay": 0.1}}.
+    last that matches: {"0.*": {"lr": 1e-4}, "*.bias": {"weight_decay": 0.1}}; its weight_decay is that of matrices
+    where a pattern matches some.
     """
 
     lr: Rate = 1e-3
@@ -57,8 +58,11 @@ class Optimizer:
         where = f"{type(self).__name__}: groups"
         if not isinstance(self.groups, Mapping) or not all(isinstance(more, Mapping) for more in self.groups.values()):
             raise TypeError(f"{where} must map patterns to settings, as {{'0.*': {{'lr': 1e-4}}}}; got {self.groups!r}")
+        object.__setattr__(self, "groups", {pattern: dict(more) for pattern, more in self.groups.items()})
         known = [f.name for f in fields(self) if f.type is float or f.name == "lr"]
         for pattern, more in self.groups.items():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{where}: a pattern must be text, such as '0.*', got {pattern!r}")
             for key in more:
                 if key not in known:
                     raise ValueError(f"{where}[{pattern!r}]: unknown setting {key!r}; choose from {', '.join(known)}")
@@ -82,12 +86,13 @@ class Optimizer:
 
     def parts(self, arena: Arena) -> list[tuple[slice, "Optimizer"]]:
         """Ranges that cover the arena, each with what steps it: this optimizer with the numbers of its group."""
-        ends = [*list(arena.offsets.values())[1:], arena.size]
+        ends = [*arena.offsets.values(), arena.size][1:]
         found: list[tuple[slice, Optimizer]] = []
         for (key, p), end in zip(arena.parameters.items(), ends, strict=True):
             more: dict[str, Any] = {} if len(p.shape) >= 2 else {"weight_decay": 0.0}
             for pattern, given in self.groups.items():
-                more |= given if fnmatchcase(key, pattern) else {}
+                if fnmatchcase(key, pattern):
+                    more |= given if len(p.shape) >= 2 else _for_vectors(given, pattern, arena)
             own = replace(self, groups={}, **more)
             start = arena.offsets[key]
             if found and found[-1][1] == own:
@@ -98,6 +103,12 @@ class Optimizer:
     def scalars(self, t: Floats, lr: Floats) -> dict[str, Any]:
         """What the rule's text names, at the updates t = 1, 2, … with these learning rates: numbers or arrays."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.type is float} | {"lr": lr}
+
+
+def _for_vectors(given: Mapping[str, Any], pattern: str, arena: Arena) -> dict[str, Any]:
+    """What a group says of its vectors: of decay nothing, unless it holds vectors alone."""
+    matrices = any(len(p.shape) >= 2 and fnmatchcase(key, pattern) for key, p in arena.parameters.items())
+    return {k: v for k, v in given.items() if not (matrices and k == "weight_decay")}
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,12 +127,16 @@ class SGD(Optimizer):
 
     lr: Rate = 1e-2
     momentum: float = 0.0
-    nesterov: str | None = None
+    nesterov: str | bool | None = None
     velocity: bool = field(default=False, kw_only=True)
     label: ClassVar[str] = "sgd"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.nesterov is True:
+            raise ValueError("SGD: nesterov must say which: 'torch' is what other libraries do, 'lookahead' Nesterov's")
+        if self.nesterov is False:
+            object.__setattr__(self, "nesterov", None)
         choice("SGD", "nesterov", self.nesterov, (None, "lookahead", "torch", "seed"))
         if self.nesterov and not self.momentum:
             raise ValueError("SGD: nesterov needs a momentum > 0")
@@ -134,7 +149,8 @@ class SGD(Optimizer):
             return RULES["sgd"]
         if self.velocity:
             return RULES["velocity_torch" if self.nesterov else "velocity"]
-        return RULES[{None: "momentum", "lookahead": "nesterov"}.get(self.nesterov, f"nesterov_{self.nesterov}")]
+        form = self.nesterov or None
+        return RULES["momentum" if form is None else "nesterov" if form == "lookahead" else f"nesterov_{form}"]
 
 
 class _Placed(Optimizer):

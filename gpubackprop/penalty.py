@@ -1,18 +1,20 @@
 """L1 and L2 in the loss: what the weight matrices add to it and to the gradient, in one launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from gpubackprop import ops
 from gpubackprop.arena import Arena
 from gpubackprop.backends.base import StepTable, Tally
 from gpubackprop.checks import number
 from gpubackprop.formulas import PENALTIES, RESULT, Expr, describe, free_names, parse
 from gpubackprop.moments import columns_of, values_of
 from gpubackprop.plan import empty, run
+from gpubackprop.tensor import Tensor
 
 __all__ = ["Penalty", "Strength"]
 
@@ -82,6 +84,14 @@ class Penalty:
         }
         back.elementwise_sum(f"{self.name} value", graph, reads, total).run()
         return float(back.to_numpy(total))
+
+    def added(self, total: Tensor, weights: Iterable[Tensor], rows: float) -> Tensor:
+        """A mean loss of so many rows with the penalty of these weights."""
+        strength = self._strengths(rows)
+        for w in weights:
+            if w.ndim >= 2 and self.name:
+                total = total + strength["l1"] * ops.abs(w).sum() + 0.5 * strength["l2"] * (w * w).sum()
+        return total
 
     def _strengths(self, weight: float) -> dict[str, float]:
         """l1 and l2 for a batch that weighs so much; a function is not asked about one that weighs nothing."""

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy.typing as npt
 
 from gpubackprop.checks import number, whole
 from gpubackprop.columns import Columns
+from gpubackprop.data import check_same_length
 from gpubackprop.holdout import take
+from gpubackprop.optimizers import LBFGS, Optimizer
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
 __all__ = ["RangeTest", "lr_range_test"]
@@ -44,17 +47,23 @@ class RangeTest:
 def lr_range_test(
     trainer: Trainer, x: Any, y: Any, low: float = 1e-6, high: float = 10.0, updates: int = 100, batch_size: int = 128
 ) -> RangeTest:
-    """Train a copy of the trainer with a rate that rises from low to high by a constant factor for each update, until
-    the loss has blown up (Smith, "Cyclical Learning Rates for Training Neural Networks"). The trainer stays as it is.
+    """Train a copy of the trainer with a rate that rises from low to high by a constant factor for each update, one
+    batch each, until the loss has blown up (Smith, "Cyclical Learning Rates for Training Neural Networks"). The rates
+    of groups keep their ratio to the others'. The trainer stays as it is.
     """
     where = "lr_range_test"
+    if not isinstance(trainer, Trainer):
+        raise TypeError(f"{where}: trainer is {type(trainer).__name__}; expected a Trainer: gb.Trainer(model, …)")
+    if isinstance(trainer.optimizer, LBFGS):
+        raise ValueError(f"{where}: LBFGS searches for the length of its steps; there is no rate to test")
+    check_same_length(x, y, where)
     low, high = number(where, "low", low, "> 0"), number(where, "high", high, "> 0")
     updates, batch_size = whole(where, "updates", updates, 2), whole(where, "batch_size", batch_size)
     if not low < high:
         raise ValueError(f"{where}: low {low:g} must be less than high {high:g}")
     rates = low * (high / low) ** (np.arange(updates) / (updates - 1))
-    twin, begun = copy.deepcopy(trainer), trainer.step
-    twin.restart(replace(trainer.optimizer, lr=lambda k: rates[min(k - begun, updates - 1)], groups={}))
+    twin = copy.deepcopy(trainer)
+    twin.use(_rising(trainer.optimizer, rates, trainer.updates))
     generator = np.random.Generator(np.random.PCG64([trainer.seed, updates]))
     rows = generator.permutation(n := len(x))
     losses: list[float] = []
@@ -78,3 +87,17 @@ def lr_range_test(
             f"{where}: the loss is not finite at the lowest rate {low:g}; try a lower one or scaled inputs"
         )
     return RangeTest(rates[: len(losses)], np.array(losses), np.array(means))
+
+
+def _rising(optimizer: Optimizer, rates: Floats, begun: int) -> Optimizer:
+    """The optimizer at these rates from its update `begun` on."""
+
+    def scaled(ratio: float) -> Callable[[int], float]:
+        return lambda k: float(ratio * rates[min(k - begun, len(rates) - 1)])
+
+    groups: dict[str, dict[str, Any]] = {}
+    for pattern, more in optimizer.groups.items():
+        own, base = more.get("lr"), optimizer.lr
+        ratio = own / base if isinstance(own, float | int) and isinstance(base, float) else 1.0
+        groups[pattern] = dict(more) | ({} if own is None else {"lr": scaled(ratio)})
+    return replace(optimizer, lr=scaled(1.0), groups=groups)

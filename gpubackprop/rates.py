@@ -19,12 +19,16 @@ RISING = ("accuracy", "r2")  # figures that are better the larger they are
 
 
 def watched(history: History, monitor: str | None, where: str) -> tuple[str, list[float]]:
-    """The figure's name, and its value after each epoch, negative where larger is better; a NaN is the worst."""
-    key = monitor or ("val_loss" if "val_loss" in history else "loss")
+    """The figure's name, and its value after each epoch, negative where larger is better; NaN where it was not taken.
+
+    monitor=None means the validation loss if the last epoch has one, else the loss.
+    """
+    validated = not math.isnan(history.get("val_loss", [math.nan])[-1])
+    key = monitor or ("val_loss" if validated else "loss")
     if key not in history:
         raise ValueError(f"{where}: unknown figure {key!r}; the history has {', '.join(history)}")
     sign = -1 if key.removeprefix("val_") in RISING else 1
-    return key, [math.inf if math.isnan(v) else sign * v for v in history[key]]
+    return key, [sign * v for v in history[key]]
 
 
 def rates(lr: Rate, updates: Floats, epoch: int, history: History) -> Floats:

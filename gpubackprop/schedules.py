@@ -55,7 +55,7 @@ class Schedule:
         return np.broadcast_to(self(updates if self.per == "updates" else float(epoch)), updates.shape)
 
 
-_BOUNDS = {"end": ">= 0", "min_delta": ">= 0", "start": "in (0, 1]", "rate": "in (0, 1]", "rise": "in (0, 1)"}
+_BOUNDS = {"end": ">= 0", "min_delta": ">= 0", "start": ">= 0", "decay": "in (0, 1]", "rise": "in (0, 1)"}
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,30 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """lr · rate^⌊t / every⌋."""
+    """lr · decay^⌊t / every⌋."""
 
-    every: int = 30
-    rate: float = 0.1
+    every: int
+    decay: float = 0.1
 
     def factor(self, t: Any) -> Any:
-        return self.rate ** (t // self.every)
+        return self.decay ** (t // self.every)
 
 
 @dataclass(frozen=True)
 class Exponential(Schedule):
-    """lr · rate^t."""
+    """lr · decay^t."""
 
-    rate: float = 0.99
+    decay: float
 
     def factor(self, t: Any) -> Any:
-        return self.rate**t
+        return self.decay**t
 
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
     """(lr − end) · (1 − t / length)^power + end; end from t = length on."""
 
-    length: int = 1000
+    length: int
     power: float = 1.0
     end: float = 0.0
 
@@ -105,7 +105,7 @@ class Cosine(Schedule):
     """lr · (t + 1) / (warmup + 1) while t < warmup, then end + (lr − end) · (1 + cos(π u)) / 2, where u goes from 0 at
     t = warmup to 1 at t = length (Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts")."""
 
-    length: int = 1000
+    length: int
     warmup: int = 0
     end: float = 0.0
 
@@ -122,31 +122,32 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    """From start · lr up to lr at t = rise · length, then down to end · lr at t = length, by half cosines (Smith &
-    Topin, "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates")."""
+    """From start up to lr at t = rise · length, then down to end at t = length, by half cosines (Smith & Topin,
+    "Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates")."""
 
-    length: int = 1000
+    length: int
     rise: float = 0.3
-    start: float = 0.04
-    end: float = 4e-6
+    start: float = 0.0
+    end: float = 0.0
 
     def factor(self, t: Any) -> Any:
         top = self.rise * self.length
         up, down = np.clip(t / top, 0, 1), np.clip((t - top) / (self.length - top), 0, 1)
-        rising = self.start + (1 - self.start) * (1 - np.cos(np.pi * up)) / 2
-        return np.where(t < top, rising, self.end + (1 - self.end) * (1 + np.cos(np.pi * down)) / 2)
+        start, end = self.start / self.lr, self.end / self.lr
+        rising = start + (1 - start) * (1 - np.cos(np.pi * up)) / 2
+        return np.where(t < top, rising, end + (1 - end) * (1 + np.cos(np.pi * down)) / 2)
 
 
 @dataclass(frozen=True)
 class Plateau(Schedule):
-    """lr · rate^k, after the figure `monitor` failed k times to improve by more than min_delta for `patience` epochs in
-    a row, but no less than `end`. A figure of the history improves downwards, but accuracy and r2 upwards.
+    """lr · decay^k, after the figure `monitor` failed k times to improve by more than min_delta for `patience` epochs
+    in a row, but no less than `end`. A figure of the history improves downwards, but accuracy and r2 upwards.
 
     monitor=None watches the validation loss, or the loss where there is none.
     """
 
     patience: int = 10
-    rate: float = 0.1
+    decay: float = 0.1
     min_delta: float = 0.0
     end: float = 0.0
     monitor: str | None = None
@@ -157,11 +158,11 @@ class Plateau(Schedule):
         for value in watched(history, self.monitor, "Plateau")[1] if epoch else ():
             if value < best - self.min_delta:
                 best, waited = value, 0
-            else:
+            elif not math.isnan(value):  # an epoch without the figure counts for nothing
                 waited += 1
             if waited >= self.patience:
                 failures, waited = failures + 1, 0
-        return np.full(updates.shape, max(self.lr * self.rate**failures, min(self.end, self.lr)))
+        return np.full(updates.shape, max(self.lr * self.decay**failures, min(self.end, self.lr)))
 
     def __call__(self, t: Any) -> Any:
         raise TypeError("Plateau: the rate depends on the history; it has no value at a number of updates")

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
-from gpubackprop.callbacks import Callback, each
+from gpubackprop.callbacks import Callback, around
 from gpubackprop.checks import flag, number, whole
 from gpubackprop.data import as_features, check_same_length
 from gpubackprop.device_data import check_one_place, on_device, taken
@@ -29,7 +29,6 @@ from gpubackprop.penalty import Penalty, Strength
 from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.progress import Bar, Interrupts
-from gpubackprop.rates import rates
 from gpubackprop.room import explained
 from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
@@ -101,21 +100,21 @@ class Trainer:
                 f"Trainer: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])"
             )
         self.model = model
-        self.objective = objective(loss).smoothed(label_smoothing)
         self._optimizer = _optimizer(optimizer)
         if isinstance(metrics, str):
             raise TypeError(f"Trainer: metrics must be a list of names, got {metrics!r}; use metrics=[{metrics!r}]")
         self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
         self.seed = seed_or_fresh(seed, "Trainer")
-        self.precision = precision_named(precision or np.dtype(model.dtype).name)
-        self.clip_norm = _limit("clip_norm", clip_norm, np.dtype(self.precision.master))
-        self.clip_value = _limit("clip_value", clip_value, np.dtype(self.precision.master))
-        self.penalty = Penalty(l1, l2)
-        self.accumulate = whole("Trainer", "accumulate", accumulate)
+        named = precision_named(precision or np.dtype(model.dtype).name)
+        master = np.dtype(named.master)
+        self._terms = Terms(
+            objective(loss).smoothed(label_smoothing), named, Penalty(l1, l2), _limit("clip_norm", clip_norm, master),
+            _limit("clip_value", clip_value, master), whole("Trainer", "accumulate", accumulate), self.seed,
+        )  # fmt: skip
         self.cuda_graph = flag("Trainer", "cuda_graph", cuda_graph)
         self.history: History = {}
         self.epoch = self.step = 0  # step: updates made
-        self._batches = 0
+        self._batches = self._begun = 0  # batches seen; the update that this rule began with
         if not any(p.trainable for p in model.named_parameters().values()):
             raise ValueError("Trainer: the model has no trained parameters; layers declare them as attributes")
         self._check_optimizer()
@@ -146,9 +145,6 @@ class Trainer:
         optimizer, arena = self._optimizer, self.model.arena
         self.state = Curvature(optimizer, arena) if isinstance(optimizer, LBFGS) else Moments(optimizer, arena)
         self.state.load(moments or {})
-        self._terms = Terms(
-            self.objective, self.precision, self.penalty, self.clip_norm, self.clip_value, self.accumulate, self.seed
-        )
         self._space = Workspace()
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
@@ -158,7 +154,7 @@ class Trainer:
         self._fitting = False
 
     def __getstate__(self) -> dict[str, Any]:
-        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting", "_terms", "_graphs"}
+        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting", "_graphs"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
         place = "auto" if self._asked == "auto" else self.backend.device  # a file may be read where there is no GPU
         return kept | {"device": place, "moments": self.state.host(), "control": self._control()}
@@ -173,16 +169,37 @@ class Trainer:
         control: list[float] = self.backend.to_numpy(self._table.control).tolist()
         return control
 
+    objective = property(lambda self: self._terms.objective, doc="The loss.")
+    precision = property(lambda self: self._terms.precision, doc="What a step stores and multiplies in.")
+    penalty = property(lambda self: self._terms.penalty, doc="L1 and L2 in the loss.")
+    clip_norm = property(lambda self: self._terms.clip_norm, doc="The largest norm of a gradient.")
+    clip_value = property(lambda self: self._terms.clip_value, doc="The largest element of a gradient.")
+    accumulate = property(lambda self: self._terms.accumulate, doc="Batches to an update.")
+
     @property
     def optimizer(self) -> Optimizer:
-        """The rule that steps the weights; `restart` goes on with another one."""
+        """The rule that steps the weights; `use` goes on with another one."""
         return self._optimizer
 
-    def restart(self, optimizer: Optimizer) -> None:
-        """Go on with another rule, whose moments begin at zero; the model and the history stay."""
-        self._optimizer = _optimizer(optimizer)
-        self._check_optimizer()
-        self._prepare(self.backend.device, None, self._control())
+    def use(self, optimizer: Optimizer | str) -> None:
+        """Go on with this optimizer: moments and the count of its updates stay where its rule is the same, and begin
+        anew where it is another one. A schedule goes by that count."""
+        if self._fitting:
+            raise RuntimeError("use: this trainer is training; change the optimizer between fits")
+        before, self._optimizer = self._optimizer, _optimizer(optimizer)
+        try:
+            self._check_optimizer()
+        except ValueError:
+            self._optimizer = before
+            raise
+        same = before.rule == self._optimizer.rule
+        self._begun = self._begun if same else self.step
+        self._prepare(self.backend.device, self.state.host() if same else None, self._control())
+
+    @property
+    def updates(self) -> int:
+        """Updates made by the present rule, which schedules go by."""
+        return self.step - self._begun
 
     @property
     def _searches(self) -> bool:
@@ -250,7 +267,6 @@ class Trainer:
     ) -> History:  # fmt: skip
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
-        each(callbacks, "begin", self)
         self.model.output_kind = self.objective.head
         source = self._source(x, y, w, batch_size)
         sums = self._sums_of(y, outputs)
@@ -262,7 +278,10 @@ class Trainer:
         keeper.keep()
         self._fitting, self.state.finished, applied = True, False, False
         try:
-            with Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar:
+            with (
+                Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar,
+                around(callbacks, self),
+            ):  # fmt: skip
                 for _ in range(epochs):
                     seen = self._begin_epoch(source, steps, sums, shuffle, w)
                     applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar, seen)
@@ -282,7 +301,6 @@ class Trainer:
             self._fitting = False
             for step in set(steps):
                 step.detach()
-            each(callbacks, "end", self)
         if not applied:
             warnings.warn(
                 f"fit: no step was applied, because every gradient overflows {self.precision.name} while the scale of "
@@ -381,10 +399,8 @@ class Trainer:
         return order.astype(np.intp)
 
     def _rate(self) -> dict[str, float]:
-        """The learning rate of the update just made, if it is scheduled."""
-        if not callable(lr := self.optimizer.lr):
-            return {}
-        return {"lr": float(rates(lr, np.array([self.step - 1.0]), self.epoch - 1, self.history)[0])}
+        """The learning rate of the epoch's last update, if it is scheduled."""
+        return {"lr": self.state.last_lr} if callable(self.optimizer.lr) else {}
 
     def _new_step(
         self, rows: int, columns: int, target: tuple[int, ...], weighted: bool, sums: Sums, table: StepTable,
@@ -418,7 +434,8 @@ class Trainer:
         """Rows for batches that weigh so much and begin at these offsets, of which `accumulate` make an update."""
         updates = np.arange(len(weight)) // self.accumulate
         whole_weight = np.bincount(updates, weight)[updates].astype(np.float64)  # of all batches of the update
-        values = self.state.table_rows(self.step, len(weight), self.epoch, self.history)
+        values = self.state.table_rows(self.updates, updates[-1] + 1, self.epoch, self.history)
+        values = {k: np.pad(v, (0, len(weight) - len(v)), "edge") for k, v in values.items()}
         values |= {"1 / weight": inverse(whole_weight)} | self.penalty.table_rows(whole_weight)
         rows = np.empty((len(weight), len(table.columns)))
         for i, column in enumerate(table.columns):
@@ -574,6 +591,8 @@ def _check_fit(epochs: Any, batch_size: Any, shuffle: Any, callbacks: Any, stop_
         number("fit", "stop_below", stop_below)
     if not isinstance(callbacks, Sequence):
         raise TypeError(f"fit: callbacks is {type(callbacks).__name__}; expected a list of functions of the trainer")
+    if bad := [c for c in callbacks if isinstance(c, type)]:
+        raise TypeError(f"fit: callback is the class {bad[0].__name__}; make one: {bad[0].__name__}()")
     if bad := [c for c in callbacks if not callable(c)]:
         raise TypeError(f"fit: callback {bad[0]!r} is not callable; expected a function of the trainer")
 

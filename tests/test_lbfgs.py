@@ -115,7 +115,7 @@ def test_what_it_cannot_do_is_an_error(more):
 
 @pytest.mark.parametrize("bad, kind, message", [
     ({"weight_decay": 0.1}, ValueError, r"LBFGS: it minimises the loss alone, .* use Trainer\(l2=…\)"),
-    ({"lr": gb.schedules.Step(1.0)}, TypeError, "LBFGS: lr must be a number"),
+    ({"lr": gb.schedules.Step(1.0, every=1)}, TypeError, "LBFGS: lr must be a number"),
     ({"history": 0}, ValueError, "LBFGS: history must be at least 1, got 0"),
 ])  # fmt: skip
 def test_bad_settings(bad, kind, message):

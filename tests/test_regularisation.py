@@ -291,7 +291,7 @@ def test_seed_22_stops_at_the_exact_epoch_with_the_best_weights(rng, host):
     [
         ({"patience": 1}, [3, 2, 2, 1], 3, 2),
         ({"patience": 2, "min_delta": 0.5}, [3, 2.8, 2.6, 1], 3, 1),
-        ({"patience": 2}, [3, math.nan, math.nan, 1], 3, 1),
+        ({"monitor": "val_loss", "patience": 2}, [3, math.nan, math.nan, 1], 3, 1),
         ({"patience": 9}, [3, 2, 1, 4], 4, 3),
     ],
 )
@@ -384,11 +384,11 @@ def test_groups_step_by_their_own_numbers(rng, host):
 
 def test_a_group_may_have_a_schedule_of_its_own(rng):
     x, t = regression(rng, 8)
-    groups = {"0.*": {"lr": gb.schedules.Step(0.1, every=1, rate=0.5)}}
+    groups = {"0.*": {"lr": gb.schedules.Step(0.1, every=1, decay=0.5)}}
     a = trained(x, t, gb.SGD(0.1, groups=groups), epochs=3, batch=8)
     b = gb.Trainer(gb.mlp([3, 5, 2], "tanh", dtype="float64"), "mse", gb.SGD(0.1), seed=0)
     for rate in (0.1, 0.05, 0.025):
-        b.restart(gb.SGD(0.1, groups={"0.*": {"lr": rate}}))
+        b.use(gb.SGD(0.1, groups={"0.*": {"lr": rate}}))
         b.fit(x, t, epochs=1, batch_size=8)
     assert_close(a, b)
 
