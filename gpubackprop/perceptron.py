@@ -17,7 +17,7 @@ from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, is_on_device
 from gpubackprop.callbacks import Callback
 from gpubackprop.checks import choice, flag, number, whole
-from gpubackprop.device_data import taken
+from gpubackprop.device_data import on_device, taken
 from gpubackprop.layers import Dense, mlp
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.solvers import STOCHASTIC, descend, minimise
@@ -209,9 +209,11 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
     def _data(self, X: Any, y: Any, reset: bool) -> tuple[Buffer, Array]:
         """X as rows of float32 or float64, where they lie, and y on the host, (n,) or (n, outputs)."""
         if is_on_device(X):
+            backend = get_backend(self.device)
+            dtype = np.float32 if str(X.dtype).endswith("float32") else np.float64  # also a torch.float32
+            X = on_device(X, backend, dtype, None if reset else self.model_.inputs, "fit", "X")
             y = check_array(self._on_host(y), ensure_2d=False, dtype=None, input_name="y")
-            if reset:
-                self.n_features_in_ = X.shape[-1]
+            self.n_features_in_ = X.shape[1]
         else:
             X, y = validate_data(
                 self, X, y, accept_sparse="csr", multi_output=True, y_numeric=is_regressor(self),

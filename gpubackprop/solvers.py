@@ -236,7 +236,6 @@ def _take(x: Buffer, rows: Array, e: Any) -> Buffer:
     if not is_on_device(x):
         return x[rows]
     backend = get_backend(e.device)
-    x = backend.asarray(x)
     out = backend.empty((len(rows), x.shape[1]), x.dtype)
     backend.gather(x.reshape(1, *x.shape), backend.asarray(rows, np.intp), out.reshape(1, *out.shape)).run()
     return out

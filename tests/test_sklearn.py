@@ -326,6 +326,10 @@ def test_device_arrays_in_and_out(cuda, parameters):
     assert there.score(dx, on(cuda, y)) == here.score(x, y)
     with pytest.raises(ValueError, match="predict: x has 3 columns but the model expects 4"):
         there.predict(on(cuda, x[:, :3]))
+    with pytest.raises(ValueError, match="fit: X has a NaN at row 0, column 0"):
+        there.fit(on(cuda, np.where(x == x[0, 0], np.nan, x)), on(cuda, y))
+    with pytest.raises(TypeError, match="lies on a CUDA device but the model on the CPU"):
+        MLPClassifier(device="cpu").fit(dx, on(cuda, y))
 
 
 def test_numbers_on_a_device(cuda):
