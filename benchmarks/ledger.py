@@ -114,7 +114,7 @@ def violations(m: Measured) -> list[str]:
 
 
 def _vectors(entry: Entry, f: Facts) -> bool:
-    """Whether the main loop has accesses of 16 bytes. Generated kernels have no others there, but where operands
+    """Whether the main loop has accesses of 16 bytes. Generated kernels have no others there, but of operands that
     broadcast, and move the bytes per element that their headers state."""
     widths = f.loop_loads + f.loop_stores
     kernel = generated().get(entry.name)
@@ -122,6 +122,8 @@ def _vectors(entry: Entry, f: Facts) -> bool:
         return entry.name in NARROW or max(widths, default=0) >= 128
     if isinstance(kernel, codegen.Broadcast):
         return min(f.loop_stores, default=0) >= 128
+    if isinstance(kernel, codegen.Sum) and kernel.per_row:
+        widths = tuple(width for width in widths if width >= 128)
     lanes = 16 // codegen.ITEMSIZE[entry.dtype]
     return min(widths, default=0) >= 128 and sum(widths) // 8 % (lanes * entry.bytes) == 0
 

@@ -201,7 +201,10 @@ class Step:
     def _feed(self) -> None:
         source = self._source
         run(self.x, lambda: self.backend.feed(
-            source.x, source.y, source.order, self.table, self.x, self.target, 1.0, source.w, self.w))  # fmt: skip
+            source.x, source.y, source.order, self.table, self.x, self.target, 1.0))  # fmt: skip
+        if source.w is not None and self.w is not None:
+            given, w = (a.reshape(-1, 1) for a in (source.w, self.w))
+            run(w, lambda: self.backend.feed(given, None, source.order, self.table, w, None, 1.0))
 
     def _before(self) -> None:
         """What moves the weights ahead of the gradient; gradients that batches add up begin at zero."""

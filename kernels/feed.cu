@@ -1,11 +1,11 @@
 // A batch's rows of the training data and their targets, gathered through the order of the epoch in one launch:
-//     x[i] = scale · source_x[j],    y[i] = source_y[j],    w[i] = source_w[j],    j = permutation[offset + i].
+//     x[i] = scale · source_x[j],    y[i] = source_y[j],    j = permutation[offset + i].
 // state = (row of the step table, row of the steps applied, number of the first step, counted from 1, last row); the
 // batch's offset is offsets[state[0]].
 //
 // Bytes per element: feed S + O. Conversion and scale are fused: from uint8 to float32 that is 5, not 1 + 4 + 4 + 4.
-// Each row costs 8 more for its place, and its target and weight. Targets are of any one type (TARGET: labels of 64 bits,
-// or numbers) and copied bit by bit; y and w may be NULL.
+// Each row costs 8 more for its place, and its target. Targets are of any one type (TARGET: labels of 64 bits, or numbers)
+// and copied bit by bit; y may be NULL.
 //
 // Geometry (feed_geometry in backends/geometry.py): any grid of any blocks, vectors along x and rows along y. Rows that
 // are no whole number of vectors, or do not start at the boundary of one, go element by element.
@@ -51,14 +51,12 @@ DEVICE void gather_rows(To* __restrict__ to, const From* __restrict__ source, co
 }
 
 extern "C" __global__ void __launch_bounds__(BOUNDS) feed(O* __restrict__ x, Y* __restrict__ y,
-        R* __restrict__ w, const S* __restrict__ source_x, const Y* __restrict__ source_y,
-        const R* __restrict__ source_w, const Index* __restrict__ permutation, const Index* __restrict__ offsets,
-        const Index* __restrict__ state, const R scale, const Index rows, const Index columns_x,
-        const Index columns_y) {
+        const S* __restrict__ source_x, const Y* __restrict__ source_y, const Index* __restrict__ permutation,
+        const Index* __restrict__ offsets, const Index* __restrict__ state, const R scale, const Index rows,
+        const Index columns_x, const Index columns_y) {
     const Index* __restrict__ const batch = permutation + offsets[state[0]];
     gather_rows(x, source_x, batch, rows, columns_x, [=](S v) { return O(R(v) * scale); });
     if (y != nullptr) gather_rows(y, source_y, batch, rows, columns_y, [](Y v) { return v; });
-    if (w != nullptr) gather_vectors<1>(w, source_w, batch, rows, 1, [](R v) { return v; });
 }
 
 }  // namespace gpubackprop

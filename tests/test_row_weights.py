@@ -207,10 +207,10 @@ def test_steps_with_and_without_weights_are_kept_apart(rng):
     assert len(trainer._steps) == 2
     assert_same(trainer, plain := trained(*kind, x, y, 2, 8), exact=True)
     plans = [trainer.plan(8, weighted=weighted) for weighted in (False, True)]
-    for without, with_ in zip(*(p.launches for p in plans), strict=True):
-        assert without.name == with_.name
-        more = 8 * 8 if without.name in ("feed", "softmax_cross_entropy") else 0  # 8 weights of 8 bytes, read …
-        assert with_.bytes - without.bytes == more * (1 + (without.name == "feed"))  # … and written
+    without, (x_and_y, of_weights, *rest) = (p.launches for p in plans)
+    assert of_weights.name == "feed" and of_weights.bytes == 2 * 8 * 8  # 8 weights of 8 bytes
+    for a, b in zip(without, [x_and_y, *rest], strict=True):
+        assert a.name == b.name and b.bytes - a.bytes == 8 * 8 * (a.name == "softmax_cross_entropy")
     assert [n.what for n in plans[0].launches] == [n.what for n in plain.plan(8).launches]
     assert "total = Σ −w·t·log softmax(x); dx = w·(softmax(x) − t) / Σw" in str(plans[1])
 

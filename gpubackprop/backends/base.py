@@ -189,12 +189,12 @@ def expect(label: str, holds: bool, got: str) -> None:
         raise ValueError(f"{label}: shapes do not fit: {got}")
 
 
-def expect_rows(*pairs: tuple[Buffer, Buffer]) -> None:
-    """Raise unless a feed's batches take rows of their sources; but for the first they are copied as they are."""
-    of, into = ([pair[i].shape for pair in pairs] for i in (0, 1))
-    fits = all(source.shape[1:] == batch.shape[1:] and len(batch) == len(pairs[0][1]) for source, batch in pairs)
-    fits = fits and all(source.dtype == batch.dtype for source, batch in pairs[1:])
-    expect("feed", fits, f"{', '.join(map(str, of))} into {', '.join(map(str, into))}")
+def expect_rows(source_x: Buffer, source_y: Buffer | None, x: Buffer, y: Buffer | None) -> None:
+    """Raise unless a feed's batch takes rows of its sources; those of y, if there is one, as they are."""
+    expect("feed", source_x.shape[1:] == x.shape[1:], f"{source_x.shape} into {x.shape}")
+    if source_y is not None and y is not None:
+        fits = source_y.shape[1:] == y.shape[1:] and source_y.dtype == y.dtype and len(x) == len(y)
+        expect("feed", fits, f"{source_x.shape}, {source_y.shape} into {x.shape}, {y.shape}")
 
 
 def expect_softmax(x: Buffer, target: Buffer, dx: Buffer, w: Buffer | None) -> None:
@@ -381,11 +381,11 @@ class Backend(Protocol):
         """out[:, index[i]] += dy[:, i], in the order of i: deterministic."""
 
     def feed(
-        self, source_x: Buffer, source_y: Buffer, order: Buffer, table: StepTable, x: Buffer, y: Buffer, scale: float,
-        source_w: Buffer | None = None, w: Buffer | None = None,
+        self, source_x: Buffer, source_y: Buffer | None, order: Buffer, table: StepTable, x: Buffer, y: Buffer | None,
+        scale: float,
     ) -> Launch:  # fmt: skip
-        """x, y, w = scale · source_x, source_y, source_w at order[offset : offset + len(x)], the offset being this
-        step's. Weights w (rows,) of the rows have the type that x is computed with."""
+        """x, y = scale · source_x, source_y at order[offset : offset + len(x)], the offset being this step's; y may be
+        None."""
 
     def softmax_cross_entropy(
         self,

@@ -372,24 +372,23 @@ class CudaBackend:
     # ---- the training step
 
     def feed(
-        self, source_x: Buffer, source_y: Buffer, order: Buffer, table: StepTable, x: Buffer, y: Buffer, scale: float,
-        source_w: Buffer | None = None, w: Buffer | None = None,
+        self, source_x: Buffer, source_y: Buffer | None, order: Buffer, table: StepTable, x: Buffer, y: Buffer | None,
+        scale: float,
     ) -> Launch:  # fmt: skip
-        """x, y, w = this step's rows of the data in the given order; see Backend."""
-        expect_rows((source_x, x), (source_y, y), *(() if w is None else ((source_w, w),)))
-        steps = _cuda(table)
-        types = {"T": _float(x), "S": source_x.dtype, "O": x.dtype, "Y": y.dtype}
+        """x, y = this step's rows of the data in the given order; see Backend."""
+        expect_rows(source_x, source_y, x, y)
+        steps, like = _cuda(table), x if y is None else y
+        types = {"T": _float(x), "S": source_x.dtype, "O": x.dtype, "Y": like.dtype}
         source = cpp.file_unit("feed.cu", types["T"].name, SOURCE=source_x.dtype.name, OUTPUT=x.dtype.name,
-                               TARGET=y.dtype.name)  # fmt: skip
-        columns_y = math.prod(y.shape[1:])
+                               TARGET=like.dtype.name)  # fmt: skip
         arguments = {
-            "x": x, "y": y, "w": w, "source_x": source_x, "source_y": source_y, "source_w": source_w,
-            "permutation": order, "offsets": steps.offsets, "state": steps.state, "scale": scale, "rows": len(x),
-            "columns_x": x.shape[1], "columns_y": columns_y,
+            "x": x, "y": y, "source_x": source_x, "source_y": source_y, "permutation": order, "offsets": steps.offsets,
+            "state": steps.state, "scale": scale, "rows": len(x), "columns_x": x.shape[1],
+            "columns_y": math.prod(like.shape[1:]),
         }  # fmt: skip
         shape = geometry.feed_geometry(len(x), x.shape[1], x.dtype.itemsize)
         call = self._kernel(source, "feed", types, shape, arguments)
-        writes = {"x": x, "y": y} | ({} if w is None else {"w": w})
+        writes = {"x": x} | ({} if y is None else {"y": y})
         reads = writes | {"x": _Extent(x.size * source_x.dtype.itemsize, source_x)}
         return self._launch("feed", "the batch's rows of the data", reads, writes, 0, [call])
 
@@ -400,12 +399,13 @@ class CudaBackend:
         """total and dx of the rows; rows right are counted in any case; see Backend."""
         expect_softmax(x, target, dx, w)
         (rows, classes), labels = x.shape, target.ndim == 1
-        arguments = {"dx": dx, "total": total, "x": x, "labels" if labels else "target": target, "weights": w,
-                     "rows": rows}  # fmt: skip
+        arguments = {"dx": dx, "total": total, "x": x, "labels" if labels else "target": target, "rows": rows}
         arguments |= {"classes": classes} | _share(table if tally is None else _cuda(table)) | _tallied(tally)
-        kernel = f"softmax_cross_entropy_{'labels' if labels else 'rows'}"
+        arguments |= {} if w is None else {"weights": w}
+        weighted, kind = "" if w is None else "_weighted", "labels" if labels else "rows"
+        kernel, file = f"softmax_cross_entropy_{kind}{weighted}", f"softmax_cross_entropy{weighted}.cu"
         shape = geometry.softmax_geometry(rows, classes, x.dtype.itemsize)
-        call = self._file_kernel("softmax_cross_entropy.cu", kernel, x, shape, arguments)
+        call = self._file_kernel(file, kernel, x, shape, arguments)
         reads = {"x": x, "target": target} | ({} if w is None else {"w": w})
         writes, what = {"dx": dx, "total": total, **_buffers(tally)}, softmax_equation(w is not None, table is not None)
         return self._launch("softmax_cross_entropy", what, reads, writes, 8 * x.size, [call])

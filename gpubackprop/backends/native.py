@@ -305,17 +305,15 @@ class NativeBackend(NumpyBackend):
     # ---- the training step
 
     def _feed(
-        self, source_x: Array, source_y: Array, order: Array, steps: NumpyStepTable, x: Array, y: Array, scale: float,
-        source_w: Array | None, w: Array | None,
+        self, source_x: Array, source_y: Array | None, order: Array, steps: NumpyStepTable, x: Array, y: Array | None,
+        scale: float,
     ) -> Call:  # fmt: skip
-        sources, batches = (source_x, source_y, source_w), (x, y, w)
-        pairs = [(a, b) for a, b in zip(sources, batches, strict=True) if a is not None and b is not None]
-        contiguous = all(a.flags.c_contiguous for a in (order, *(a for pair in pairs for a in pair)))
-        if scale != 1 or not contiguous or order.dtype != np.int64 or any(a.dtype != b.dtype for a, b in pairs):
-            return super()._feed(source_x, source_y, order, steps, x, y, scale, source_w, w)
+        contiguous = all(a.flags.c_contiguous for a in (source_x, source_y, order, x, y) if a is not None)
+        if scale != 1 or not contiguous or order.dtype != np.int64 or source_x.dtype != x.dtype:
+            return super()._feed(source_x, source_y, order, steps, x, y, scale)
         kernel = self.library.kernel("feed", np.dtype(np.float32))
-        widths = (math.prod(a.shape[1:]) * a.itemsize if a is not None else 0 for a in batches)
-        return Job.of(kernel, *batches, *sources, order, _native(steps), len(x), *widths)
+        widths = (0 if a is None else math.prod(a.shape[1:]) * a.itemsize for a in (x, y))
+        return Job.of(kernel, x, y, source_x, source_y, order, _native(steps), len(x), *widths)
 
     def _softmax_cross_entropy(
         self, x: Array, target: Array, dx: Array, total: Array, w: Array | None, table: StepTable | None,

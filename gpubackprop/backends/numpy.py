@@ -315,19 +315,19 @@ class NumpyBackend:
     # ---- the training step
 
     def feed(
-        self, source_x: Array, source_y: Array, order: Array, table: StepTable, x: Array, y: Array, scale: float,
-        source_w: Array | None = None, w: Array | None = None,
+        self, source_x: Array, source_y: Array | None, order: Array, table: StepTable, x: Array, y: Array | None,
+        scale: float,
     ) -> Launch:  # fmt: skip
-        """x, y, w = this step's rows of the data in the given order; see Backend."""
-        expect_rows((source_x, x), (source_y, y), *(() if w is None else ((source_w, w),)))
-        call = self._feed(source_x, source_y, order, _numpy(table), x, y, scale, source_w, w)
-        writes = {"x": x, "y": y} | ({} if w is None else {"w": w})
+        """x, y = this step's rows of the data in the given order; see Backend."""
+        expect_rows(source_x, source_y, x, y)
+        call = self._feed(source_x, source_y, order, _numpy(table), x, y, scale)
+        writes = {"x": x} | ({} if y is None else {"y": y})
         reads = writes | {"x": _like(source_x, x)}  # bytes are those of the batch, not of all the data
         return _launch("feed", "the batch's rows of the data", reads, writes, 0, [call])
 
     def _feed(
-        self, source_x: Array, source_y: Array, order: Array, steps: NumpyStepTable, x: Array, y: Array, scale: float,
-        source_w: Array | None, w: Array | None,
+        self, source_x: Array, source_y: Array | None, order: Array, steps: NumpyStepTable, x: Array, y: Array | None,
+        scale: float,
     ) -> Call:  # fmt: skip
         n, factor = len(x), np.array(scale, arithmetic(x.dtype))
         same = source_x.dtype == x.dtype and scale == 1
@@ -339,9 +339,8 @@ class NumpyBackend:
                 source_x.take(batch, 0, x, "clip")
             else:
                 np.multiply(source_x[batch], factor, x, casting="unsafe")
-            source_y.take(batch, 0, y, "clip")
-            if source_w is not None:
-                source_w.take(batch, 0, w, "clip")
+            if source_y is not None:
+                source_y.take(batch, 0, y, "clip")
 
         return take
 

@@ -5,13 +5,13 @@
 namespace gpubackprop {
 namespace {
 
-// x, y, w = this step's rows of the data in the given order; w may be 0.
+// x, y = this step's rows of the data in the given order; y may be 0.
 struct Feed {
-    char *x, *y, *w;
-    const char *source_x, *source_y, *source_w;
+    char *x, *y;
+    const char *source_x, *source_y;
     const Index* order;
     const Steps* steps;
-    Index rows, bytes_x, bytes_y, bytes_w;  // of a row
+    Index rows, bytes_x, bytes_y;  // of a row
 
     void run() const {
         const Index* const from = order + steps->offsets[steps->step];
@@ -19,8 +19,7 @@ struct Feed {
         each((rows + HEIGHT - 1) / HEIGHT, worth(rows * bytes_x / 4, 3), [&](Index i) {
             for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {
                 memcpy(x + row * bytes_x, source_x + from[row] * bytes_x, size_t(bytes_x));
-                memcpy(y + row * bytes_y, source_y + from[row] * bytes_y, size_t(bytes_y));
-                if (w != nullptr) memcpy(w + row * bytes_w, source_w + from[row] * bytes_w, size_t(bytes_w));
+                if (y != nullptr) memcpy(y + row * bytes_y, source_y + from[row] * bytes_y, size_t(bytes_y));
             }
         });
     }

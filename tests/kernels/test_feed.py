@@ -40,18 +40,15 @@ def check(dtype, source, columns, n, *, scale=1.0, target="int64", columns_y=1, 
     data, labels = shifted(draw((ROWS_OF_DATA, columns), source), offset), draw((ROWS_OF_DATA, columns_y), target)
     permutation = np.random.default_rng(5).permutation(ROWS_OF_DATA)
     x, y = shifted(np.zeros((n, columns), out), offset), np.zeros((n, columns_y), target)
-    batch, wide = permutation[3 : 3 + n], arithmetic(out)
-    weights, w = draw(ROWS_OF_DATA, wide), np.zeros(n, wide)
     place = place or feed_geometry(n, columns, out.itemsize)
     library(out.name, source.name, target.name).run(
-        "feed", place.grid, place.block, x=x, y=y, w=w, source_x=data, source_y=labels, source_w=weights,
-        permutation=permutation, offsets=OFFSETS, state=STATE, scale=scale, rows=n, columns_x=columns,
-        columns_y=columns_y,
+        "feed", place.grid, place.block, x=x, y=y, source_x=data, source_y=labels, permutation=permutation,
+        offsets=OFFSETS, state=STATE, scale=scale, rows=n, columns_x=columns, columns_y=columns_y,
     )  # fmt: skip
+    batch, wide = permutation[3 : 3 + n], arithmetic(out)
     expected = (data[batch].astype(wide) * wide.type(scale)).astype(out)
     np.testing.assert_array_equal(x.view(np.uint8), expected.view(np.uint8))
     np.testing.assert_array_equal(y.view(np.uint8), labels[batch].view(np.uint8))
-    np.testing.assert_array_equal(w, weights[batch])
 
 
 @every_case
@@ -90,19 +87,17 @@ def test_bits_of_targets_are_kept():
     for target in (special, special.view(np.float64)):
         y, x = np.zeros_like(target), np.zeros((5, 2), np.float32)
         library("float32", "float32", target.dtype.name).run(
-            "feed", 1, 32, x=x, y=y, w=None, source_x=np.ones((5, 2), np.float32), source_y=target, source_w=None,
-            permutation=np.arange(5), offsets=np.zeros(1, np.int64), state=np.zeros(4, np.int64), scale=1.0, rows=5,
-            columns_x=2, columns_y=1,
+            "feed", 1, 32, x=x, y=y, source_x=np.ones((5, 2), np.float32), source_y=target, permutation=np.arange(5),
+            offsets=np.zeros(1, np.int64), state=np.zeros(4, np.int64), scale=1.0, rows=5, columns_x=2, columns_y=1,
         )  # fmt: skip
         np.testing.assert_array_equal(y.view(np.uint64), target.view(np.uint64))
 
 
-def test_no_targets_and_no_weights():
+def test_no_targets():
     x, data = np.zeros((2, 4), np.float32), draw((3, 4), np.float32)
     library("float32", "float32", "int64").run(
-        "feed", 1, 32, x=x, y=None, w=None, source_x=data, source_y=None, source_w=None,
-        permutation=np.array([2, 0, 1]), offsets=np.array([1]), state=np.zeros(4, np.int64), scale=2.0, rows=2,
-        columns_x=4, columns_y=1,
+        "feed", 1, 32, x=x, y=None, source_x=data, source_y=None, permutation=np.array([2, 0, 1]),
+        offsets=np.array([1]), state=np.zeros(4, np.int64), scale=2.0, rows=2, columns_x=4, columns_y=1,
     )  # fmt: skip
     np.testing.assert_array_equal(x, 2 * data[:2])
 

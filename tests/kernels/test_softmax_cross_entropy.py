@@ -23,8 +23,8 @@ either_target = pytest.mark.parametrize("kind", ["labels", "rows"])
 
 
 @cache
-def library(dtype):
-    return build(codegen.file_unit("softmax_cross_entropy.cu", dtype.name))
+def library(dtype, weighted=""):
+    return build(codegen.file_unit(f"softmax_cross_entropy{weighted}.cu", dtype.name))
 
 
 def geometry(block, n):
@@ -39,11 +39,13 @@ def launch(x, target, *, w=None, place=None, share=False, scale=None, loss=None,
     dx, total, ticket = np.zeros_like(x), np.full(1, np.nan, wide), np.zeros(1, np.uint32)
     if x.ctypes.data % 16:
         dx = shifted(dx, 1)
-    run = library(dtype).run if every_order else library(dtype).launch
+    weighted, weights = ("", {}) if w is None else ("_weighted", {"weights": w})
+    made = library(dtype, weighted)
+    run = made.run if every_order else made.launch
     run(
-        f"softmax_cross_entropy_{kind}", place.grid, place.block, dx=dx, total=total, ticket=ticket,
+        f"softmax_cross_entropy_{kind}{weighted}", place.grid, place.block, dx=dx, total=total, ticket=ticket,
         partials=np.full(place.partials, np.nan, wide), loss=loss, events=events, x=x,
-        **{"labels" if kind == "labels" else "target": target}, weights=w, table=TABLE.astype(wide), state=STATE,
+        **{"labels" if kind == "labels" else "target": target}, **weights, table=TABLE.astype(wide), state=STATE,
         scale=scale, width=2, share_at=1 if share else -1, rows=x.shape[0], classes=x.shape[1],
     )  # fmt: skip
     assert not ticket.any()
