@@ -80,9 +80,7 @@ def test_a_registered_activation_has_a_kernel(monkeypatch):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(
-        ValueError, match=r"^unknown kernel 'rleu'; choose from abs, adadelta, adagrad, adam, adamax, adamw, add, bce_with_logits, "
-    ):
+    with pytest.raises(ValueError, match=r"^unknown kernel 'rleu'; choose from abs, adadelta, adagrad, adam, adamax, "):
         codegen.source("rleu")
     with pytest.raises(ValueError, match=r"^unknown dtype 'int8'; choose from float32, float64, float16, bfloat16$"):
         codegen.source("relu", "int8")
