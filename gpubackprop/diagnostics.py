@@ -16,6 +16,7 @@ from gpubackprop import ops
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, is_on_device
+from gpubackprop.checks import whole
 from gpubackprop.formulas import ACTIVATIONS, Activation
 from gpubackprop.layers import Dense
 from gpubackprop.model import Layer, training
@@ -195,6 +196,7 @@ def explain_weight(trainer: Trainer, x: Any, y: Any, layer: str | int, i: int, j
     every use, one after the other.
     """
     where = "explain_weight"
+    i, j = whole(where, "i", i, 0), whole(where, "j", j, 0)
     seen = observed(trainer, x, y, where)
     site = seen.site(layer, where)
     if (weight := _weight_of(site)) is None:
@@ -202,7 +204,7 @@ def explain_weight(trainer: Trainer, x: Any, y: Any, layer: str | int, i: int, j
         names = ", ".join(name for name, other in seen.sites.items() if _weight_of(other) is not None)
         raise ValueError(f"{where}: layer {layer!r} is {has}; choose a Dense layer from {names}")
     inputs, units = weight.shape
-    if not (0 <= i < inputs and 0 <= j < units):
+    if i >= inputs or j >= units:
         raise ValueError(f"{where}: the weight of layer {layer!r} has shape {weight.shape}; there is no [{i}, {j}]")
     if weight.grad is None:
         raise ValueError(f"{where}: layer {layer!r} is frozen; set its weight.requires_grad = True")
@@ -210,7 +212,7 @@ def explain_weight(trainer: Trainer, x: Any, y: Any, layer: str | int, i: int, j
     tail = np.concatenate([read(s.x.data)[:, i] for s in uses]).astype(np.float64)
     head = np.concatenate([read(gradient_at(s.preact))[:, j] for s in uses]).astype(np.float64)
     name = next(k for k, p in seen.trainer.model.named_parameters().items() if p is weight)
-    return WeightGradient(name, int(i), int(j), tail, head, float(weight.grad.numpy()[i, j]))
+    return WeightGradient(name, i, j, tail, head, float(weight.grad.numpy()[i, j]))
 
 
 def _weight_of(site: Site) -> Parameter | None:

@@ -224,6 +224,8 @@ def learning_curve(
     if not callable(make_trainer):
         remedy = "expected a function that makes one, such as lambda: gb.Trainer(gb.mlp([64, 10]))"
         raise TypeError(f"learning_curve: make_trainer is of type {type(make_trainer).__name__}, {remedy}")
+    if not len(sizes):
+        raise ValueError("learning_curve: sizes is empty, expected counts or fractions; try sizes=[0.1, 0.5, 1.0]")
     check_same_length(x, y, "learning_curve")
     n = row_count(x, "learning_curve", "x")
     codes = _strata(y, stratify, "learning_curve")

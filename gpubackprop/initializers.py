@@ -23,7 +23,7 @@ def draw(
     `init` is a name of INITIALIZERS, a number, an array, or a callable (shape, generator) -> array.
     """
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
-    value = np.asarray(resolve(init)(shape, generator), np.float64)
+    value = np.asarray(init if isinstance(init, np.ndarray) else resolve(init)(shape, generator), np.float64)
     if value.shape != shape:
         raise ValueError(f"initializer of {name}: returned shape {value.shape}, expected {shape}")
     return value

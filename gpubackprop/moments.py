@@ -54,7 +54,8 @@ class Moments:
     def table_rows(self, done: int, updates: int, epoch: int = 0, history: History = NO_HISTORY) -> dict[str, Floats]:
         """Each scalar at the updates that follow on `done` of them and `epoch` epochs, in float64."""
         t = np.arange(done, done + updates, dtype=np.float64)
-        lrs = {id(lr): rates(lr, t, epoch, history) for lr in (self.optimizer.lr, *(own.lr for _, own in self.parts))}
+        different = {id(o.lr): o.lr for o in (self.optimizer, *(own for _, own in self.parts))}
+        lrs = {key: rates(lr, t, epoch, history) for key, lr in different.items()}
         self.last_lr = float(lrs[id(self.optimizer.lr)][-1])
         named = [own.scalars(t + 1, lrs[id(own.lr)]) for _, own in self.parts]
         for values in named:

@@ -77,6 +77,8 @@ def lsuv(model: Layer, x: Any, seed: int | None = None) -> Layer:
     ValueError where the rows of x all come out of a layer alike, or where its biases alone vary by more; the layers
     before it are then drawn.
     """
+    if not isinstance(model, Layer):
+        raise TypeError(f"lsuv: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])")
     seed = seed_or_fresh(seed, "lsuv")
     model.initialize(seed, missing=True)
     names = {p: key for key, p in model.named_parameters().items()}

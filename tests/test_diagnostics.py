@@ -605,3 +605,12 @@ def test_in_float16_only_a_fit_that_diverges_has_a_launch_to_name(rng):
     assert gb.find_nan(trainer, x, 100 * t, epochs=8, batch_size=8) is None
     found = gb.find_nan(trainer, x, 1e8 * t, epochs=8, batch_size=8)
     assert found.infinities and found.inputs_finite and found.name == "mse"
+
+
+def test_the_loss_of_weights_is_the_loss_that_is_trained(rng):
+    """Label smoothing and penalties are part of it."""
+    x, y = rng.normal(size=(20, 3)), rng.integers(0, 4, 20)
+    more = {"label_smoothing": 0.3, "l1": 0.1, "l2": lambda rows: 2.0 / rows}
+    trainer = gb.Trainer(gb.mlp([3, 5, 4], "tanh", dtype="float64"), seed=0, **more)
+    loss, w = gb.loss_of_weights(trainer, x, y)
+    assert gb.value_and_grad(loss)(*w)[0] == pytest.approx(trainer.evaluate(x, y)["loss"], rel=1e-13)

@@ -1,5 +1,7 @@
 """LBFGS: known minima in few steps, the strong Wolfe conditions, and what it cannot do."""
 
+import copy
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -141,3 +143,32 @@ def test_a_minimizer_makes_the_step_instead():
     assert trainer.evaluate(x, y)["loss"] == pytest.approx(
         gb.Trainer(ours, "mse", l2=0.1).evaluate(x, y)["loss"], abs=1e-12
     )
+
+
+def test_a_plan_is_bound_and_searches_nothing():
+    *_, model = line()
+    trainer = gb.Trainer(model, "mse", gb.LBFGS(), seed=0)
+    before = model.state_dict()
+    assert "gemm" in str(trainer.plan(7)) and trainer.plan(7).launches
+    assert all((value == before[key]).all() for key, value in model.state_dict().items())
+
+
+def test_a_copy_goes_on_as_the_trainer_does():
+    x, y = gb.datasets.digits()
+    trainer = gb.Trainer(gb.mlp([64, 8, 10], "tanh", dtype="float64"), optimizer=gb.LBFGS(), l2=1e-3, seed=0)
+    trainer.fit(x[:200], y[:200], epochs=4)
+    twin = copy.deepcopy(trainer)
+    for t in (trainer, twin):
+        t.fit(x[:200], y[:200], epochs=3)
+    for key, value in trainer.model.state_dict().items():
+        np.testing.assert_array_equal(value, twin.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("layer", [gb.Dropout(0.5), gb.InputNoise(0.1)], ids=repr)
+def test_losses_that_are_drawn_anew_cannot_be_compared(layer):
+    x, y, _ = line()
+    trainer = gb.Trainer(gb.Sequential(layer, gb.Dense(1, 1)), "mse", gb.LBFGS(), seed=0)
+    with pytest.raises(
+        ValueError, match="LBFGS compares the losses of one step and the next, but layer '0' draws anew"
+    ):
+        trainer.fit(x, y, epochs=1)

@@ -1,5 +1,6 @@
 """Penalties, clipping by value, accumulated gradients, early stopping, groups: what surrounds the update rule."""
 
+import copy
 import math
 
 import numpy as np
@@ -417,3 +418,125 @@ def test_shuffle_may_be_a_function(rng):
     assert_close(own, trained(x, t), 0.0)
     with pytest.raises(ValueError, match=r"fit: shuffle\(22\) must return the numbers 0 to 21 in some order"):
         own.fit(x, t, epochs=1, shuffle=lambda rows: np.zeros(rows, int))
+
+
+# ---- another optimizer ---------------------------------------------------------------------------------------------
+
+
+def test_the_same_rule_goes_on_with_its_moments_and_its_count(rng):
+    x, t = regression(rng)
+    whole, parts = (gb.Trainer(gb.mlp([3, 5, 2], dtype="float64"), "mse", gb.Adam(0.01), seed=0) for _ in range(2))
+    whole.fit(x, t, epochs=4, batch_size=8)
+    parts.fit(x, t, epochs=2, batch_size=8)
+    parts.use(gb.Adam(lambda k: 0.01))
+    parts.fit(x, t, epochs=2, batch_size=8)
+    assert_close(whole, parts, 0.0)
+    assert parts.updates == parts.step == 12
+
+
+def test_another_rule_begins_anew(rng):
+    """Adam's first step is its rate, however many updates others made."""
+    x, t = regression(rng, 8)
+    trainer = trained(x, t, gb.SGD(0.01, momentum=0.9), epochs=50)
+    before = weights(trainer)
+    trainer.use(gb.Adam(1e-3))
+    trainer.fit(x, t, epochs=1, batch_size=8)
+    for key, value in weights(trainer).items():
+        np.testing.assert_allclose(np.abs(value - before[key]), 1e-3, rtol=1e-4)
+    assert (trainer.updates, trainer.step, trainer.epoch) == (1, 51, 51)
+    trainer.use(gb.SGD(gb.schedules.Step(0.1, every=1)))  # counts from here
+    assert trainer.fit(x, t, epochs=2, batch_size=8)["lr"][-2:] == pytest.approx([0.1, 0.01])
+
+
+def test_what_a_trainer_was_made_with_cannot_be_changed_under_it(rng):
+    x, t = regression(rng, 8)
+    trainer = trained(x, t)
+    for key in ("clip_norm", "clip_value", "penalty", "accumulate", "objective", "precision"):
+        with pytest.raises(AttributeError):
+            setattr(trainer, key, 1)
+    with pytest.raises(RuntimeError, match="use: this trainer is training; change the optimizer between fits"):
+        trainer.fit(x, t, epochs=1, callbacks=[lambda t: t.use("adam")])
+    trainer.fit(x, t, epochs=1)
+
+
+def test_a_schedule_is_asked_for_the_updates_there_are_alone(rng):
+    x, t = regression(rng, 16)
+    asked = []
+    trained(x, t, gb.SGD(lambda k: asked.append(k) or 0.1), epochs=2, batch=4, accumulate=4)
+    assert asked == [0, 1]
+
+
+def test_a_group_of_matrices_and_vectors_decays_its_matrices_alone(rng):
+    still = {"0.*": {"weight_decay": 0.1}, "1.bias": {"weight_decay": 0.2}}
+    model = gb.Sequential(gb.Dense(3, 2, init=2.0, bias_init=2.0), gb.Dense(2, 1, bias_init=2.0), dtype="float64")
+    trainer = gb.Trainer(model, lambda output, target: (output * 0).mean(), gb.SGD(1.0, groups=still), seed=0)
+    trainer.fit(np.ones((4, 3)), np.zeros(4), epochs=1)
+    state = weights(trainer)
+    assert (state["0.weight"] == 1.8).all() and (state["0.bias"] == 2).all() and (state["1.bias"] == 1.6).all()
+
+
+def test_settings_of_groups_are_copied():
+    groups = {"0.*": {"lr": 0.5}}
+    optimizer = gb.SGD(groups=groups)
+    groups["0.*"]["lr"] = 7.0
+    groups.clear()
+    assert optimizer.groups == {"0.*": {"lr": 0.5}}
+
+
+def test_a_model_that_is_frozen_whole_is_only_looked_at(rng):
+    x, t = regression(rng, 8)
+    trainer = trained(x, t)
+    before = weights(trainer)
+    for p in trainer.model.named_parameters().values():
+        p.requires_grad = False
+    trainer.fit(x, t, epochs=1)
+    assert all((value == before[key]).all() for key, value in weights(trainer).items())
+
+
+def test_an_overflowed_gradient_is_skipped_not_clipped(device):
+    """In float16 the first row's gradient overflows at the first scale of the loss: its sign would be wrong too."""
+    model = gb.Sequential(gb.Dense(1, 1, init="zeros", bias=False))
+    settings = {"optimizer": gb.SGD(1.0), "precision": "float16", "clip_value": 0.01, "device": device}
+    trainer = gb.Trainer(model, "sse", **settings)
+    x, t = np.ones((11, 1)), np.r_[-12.0, np.full(10, 4.0)][:, None]
+    trainer.fit(x, t, epochs=3, batch_size=11)
+    assert weights(trainer)["0.weight"].item() in (pytest.approx(0.01), pytest.approx(0.02))
+
+
+def test_ends_are_called_for_all_that_were_begun(rng):
+    x, t = regression(rng, 8)
+    said = []
+
+    class Loud:
+        def __init__(self, name, fails=""):
+            self.name, self.fails = name, fails
+
+        def begin(self, trainer):
+            if self.fails == "begin":
+                raise KeyError(self.name)
+            said.append(f"begin {self.name}")
+
+        def __call__(self, trainer):
+            pass
+
+        def end(self, trainer):
+            said.append(f"end {self.name}")
+            if self.fails == "end":
+                raise KeyError(self.name)
+
+    trainer = gb.Trainer(gb.mlp([3, 2]), "mse", seed=0)
+    with pytest.raises(KeyError):
+        trainer.fit(x, t, epochs=1, callbacks=[Loud("a"), Loud("b", "end")])
+    with pytest.raises(KeyError):
+        trainer.fit(x, t, epochs=1, callbacks=[Loud("c"), Loud("d", "begin")])
+    assert said == ["begin a", "begin b", "end b", "end a", "begin c", "end c"]
+    trainer.fit(x, t, epochs=1)
+
+
+def test_early_stopping_may_be_copied_while_it_watches(rng):
+    x, t = regression(rng, 8)
+    stop, copies = gb.EarlyStopping("loss"), []
+    gb.Trainer(gb.mlp([3, 2]), "mse", seed=0).fit(
+        x, t, 2, callbacks=[stop, lambda t: copies.append(copy.deepcopy(stop))]
+    )
+    assert [c.best_epoch for c in copies] == [1, 2]

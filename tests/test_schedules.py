@@ -143,3 +143,18 @@ def test_the_range_test_finds_where_the_loss_falls_and_leaves_the_trainer_alone(
     assert found.lr[0] == pytest.approx(1e-5) and (np.diff(np.log(found.lr)) > 0).all()
     assert len(found.lr) == len(found.loss) < 60  # it ends where the loss has blown up
     assert 1e-3 < found.suggestion < 1.0 and f"{found.suggestion:.2g}" in str(found)
+
+
+def test_the_range_test_keeps_the_ratios_of_groups_and_knows_what_it_cannot_test(rng):
+    x, t = rng.normal(size=(40, 3)), rng.normal(size=40)
+    still = gb.SGD(0.1, groups={"0.*": {"lr": 1e-9}})
+    model = gb.mlp([3, 4, 1], dtype="float64").initialize(0)
+    fast, slow = (gb.lr_range_test(gb.Trainer(model, "mse", o, seed=0), x, t, updates=20, batch_size=8)
+                  for o in (gb.SGD(0.1), still))  # fmt: skip
+    assert len(slow.loss) >= len(fast.loss) and (slow.loss[: len(fast.loss)] != fast.loss).any()
+    with pytest.raises(ValueError, match="lr_range_test: LBFGS searches for the length of its steps"):
+        gb.lr_range_test(gb.Trainer(model, "mse", gb.LBFGS()), x, t)
+    with pytest.raises(ValueError, match="lr_range_test: x has 40 rows but y has 39"):
+        gb.lr_range_test(gb.Trainer(model, "mse"), x, t[:39])
+    with pytest.raises(TypeError, match="lr_range_test: trainer is Sequential; expected a Trainer"):
+        gb.lr_range_test(model, x, t)

@@ -895,3 +895,13 @@ def test_seed_45_a_grid_search_works_unchanged():
     for fold in range(3):
         np.testing.assert_array_equal(*(s.cv_results_[f"split{fold}_test_score"] for s in found))
     assert isinstance(ours.best_estimator_[-1].model_, gb.Sequential) and ours.score(x, y) > 0.95
+
+
+def test_guessing_leaves_frozen_weights_alone(rng):
+    model = gb.mlp([3, 4, 1], dtype="float64").initialize(0)
+    model.layers[0].weight.requires_grad = False
+    before = model.state_dict()
+    gb.random_search(gb.Trainer(model, "mse", seed=0), rng.normal(size=(9, 3)), np.ones(9), guesses=5)
+    after = model.state_dict()
+    assert (after["0.weight"] == before["0.weight"]).all() and (after["1.weight"] != before["1.weight"]).all()
+    assert gb.grid_points(model, 2) == 2 ** (4 + 4 + 1)
