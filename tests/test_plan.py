@@ -13,6 +13,7 @@ import gpubackprop as gb
 from gpubackprop.backends import chunked, get_backend
 from gpubackprop.backprop import backward
 from gpubackprop.formulas import RESULT, parse
+from gpubackprop.optimizers import OPTIMIZERS as KINDS
 from gpubackprop.plan import Plan, held, recording, run
 
 BACK = get_backend("cpu")
@@ -47,8 +48,11 @@ def data(rng, n, kind="labels", columns=6):
     return rng.normal(size=(n, columns)).astype(np.float32), y
 
 
-def trainer(model="mlp", optimizer="adam", loss="cross_entropy", **how):
-    return gb.Trainer(MODELS[model](**how), loss=loss, optimizer=OPTIMIZERS[optimizer], seed=3)
+EVERYTHING = {"l1": 1e-4, "l2": 1e-4, "label_smoothing": 0.1, "clip_value": 1.0, "clip_norm": 1.0}
+
+
+def trainer(model="mlp", optimizer="adam", loss="cross_entropy", more=(), **how):
+    return gb.Trainer(MODELS[model](**how), loss=loss, optimizer=OPTIMIZERS[optimizer], seed=3, **dict(more))
 
 
 def bits(t):
@@ -256,8 +260,22 @@ def test_replaying_100_steps_allocates_nothing(model, dtype, rng):
     assert peak < 65_536 and stays < 2048
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_100_steps_of_fit_allocate_nothing(model, rng):
+@pytest.mark.parametrize("optimizer", sorted(KINDS.keys() - {"lbfgs"}))
+def test_replaying_100_updates_of_every_rule_under_everything_allocates_nothing(optimizer, rng):
+    """Penalties, smoothed labels, both clips, weights of the rows and accumulated gradients, on NumPy alone."""
+    x, y = data(rng, 256)
+    decays = {"weight_decay": 0.1, "groups": {"0.*": {"lr": 1e-3}}}
+    t = gb.Trainer(MODELS["mlp"](), optimizer=KINDS[optimizer](**decays), device="cpu:reference", seed=3, accumulate=2,
+                   **EVERYTHING)  # fmt: skip
+    t.fit(x, y, epochs=1, batch_size=128, sample_weight=np.linspace(0, 1, 256))
+    (step,) = t._steps.values()
+    peak, stays = growth(step.plan.replay, 100)
+    assert peak < 65_536 and stays < 2048
+
+
+@pytest.mark.parametrize("model, more", [*((model, {}) for model in MODELS), ("mlp", EVERYTHING | {"accumulate": 2})],
+                         ids=[*MODELS, "everything"])  # fmt: skip
+def test_100_steps_of_fit_allocate_nothing(model, more, rng):
     """Between one epoch's end and the next: 100 steps, the permutation, the step table, the figures."""
     x, y = data(rng, 1600)
     seen = []
@@ -269,7 +287,7 @@ def test_100_steps_of_fit_allocate_nothing(model, rng):
             tracemalloc.start()
         tracemalloc.reset_peak()
 
-    t = trainer(model)
+    t = trainer(model, more=more)
     try:
         t.fit(x, y, epochs=5, batch_size=16, callbacks=[note])
     finally:
