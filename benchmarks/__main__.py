@@ -16,7 +16,7 @@ from .breakeven import GRAPH_LAUNCH, LAUNCH, cells
 from .cases import chosen
 from .cuda import ARCHITECTURES, CompileError
 from .inventory import inventory
-from .ledger import PATH, Ledger, Measured, measured, value_for, violations
+from .ledger import COLUMNS, PATH, Ledger, Measured, measured, tools, value_for, violations
 from .plot import plot as pictures
 from .report import columns_of, compared, duration, read, scaling, table, write
 from .rounds import Figures, contenders, disagreement, measure
@@ -150,7 +150,9 @@ def _read(path: str) -> tuple[dict[str, Any], list[Figures]]:
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--arch", type=click.Choice(ARCHITECTURES), help="One architecture; else ranges over all.")
 @click.option("--dtype", help="One choice of types, such as float32.")
-@click.option("--update", is_flag=True, help="Compile everything and write the ledger anew (minutes; no GPU needed).")
+@click.option(
+    "--update", is_flag=True, help="Compile what the ledger is not up to date with, and write it (no GPU needed)."
+)
 def kernels(names: tuple[str, ...], arch: str | None, dtype: str | None, update: bool) -> None:
     """Print what every kernel compiles to: kernels/ledger.csv."""
     broken = _update() if update else []
@@ -166,15 +168,20 @@ def kernels(names: tuple[str, ...], arch: str | None, dtype: str | None, update:
 
 
 def _update() -> list[str]:
-    """Write the ledger; what in it is against the rules."""
-    jobs = [(entry, architecture) for entry in inventory() for architecture in ARCHITECTURES]
+    """Bring the ledger up to date; what is left out of it, being against the rules."""
+    here, entries = tools(), inventory()
+    ledger = Ledger.read(PATH) if PATH.exists() else Ledger(here)
+    outdated = ledger.outdated(entries, here)
+    kept = {(e.name, e.variant) for e in {*entries}.difference(outdated)}
+    jobs = [(entry, architecture) for entry in outdated for architecture in ARCHITECTURES]
     results: list[Measured] = []
     with click.progressbar(measured(jobs), len(jobs), "compiling", file=sys.stderr) as progress:
         try:
             results.extend(progress)
         except CompileError as error:
             raise click.ClickException(str(error)) from error
-    Ledger.of(results).write(PATH)
+    lines = {key: line for key, line in ledger.lines.items() if key in kept} | Ledger.of(results).lines
+    Ledger(here, dict(sorted(lines.items()))).write(PATH)
     return [what for result in results for what in violations(result)]
 
 
@@ -186,14 +193,15 @@ def _table(ledger: Ledger, names: Collection[str], arch: str | None, dtype: str 
     known = dict.fromkeys(name for name, _ in ledger.lines)
     if unknown := [name for name in names if name not in known]:
         raise click.ClickException("\n".join(_no_kernel(name, known) for name in unknown))
+    shown = [column for column in COLUMNS if column != "made of"]
     rows = [
-        [*key, *(value_for(arch, cell) if arch else _range(cell) for cell in line.values())]
+        [*key, *(value_for(arch, line[c]) if arch else _range(line[c]) for c in shown)]
         for key, line in ledger.lines.items()
         if (not names or key[0] in names) and (not dtype or key[1] == dtype)
     ]
     if not rows:
         raise click.ClickException(f"{', '.join(names)}: not with types {dtype!r}")
-    heads = [head.split() for head in ["kernel", "types", *next(iter(ledger.lines.values()))]]
+    heads = [head.split() for head in ["kernel", "types", *shown]]
     upper, lower = [h[0] if len(h) > 1 else "" for h in heads], [h[-1] for h in heads]
     yield from columns_of([upper, lower, *rows], left=2)
 

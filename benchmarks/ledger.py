@@ -2,27 +2,36 @@
 
 kernels/ledger.csv has a line for each kernel and choice of types; a cell is one value, or one for each architecture
 where they differ. It names the compiler and disassembler it was written with: with others only the absolute rules hold.
+What a kernel compiles to follows from its source, the compiler's options and how it is looked at; a line has the digest
+of these, and no line is written that is against the rules, so that only lines of another digest need be compiled again.
 """
 
 import csv
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from gpubackprop.backends import codegen
+from gpubackprop.backends.driver import OPTIONS
 
 from .audit import Accesses, Facts, measure
 from .cuda import ARCHITECTURES, Compiled, CompileError, compile_cuda, disassemble, version_in
 from .inventory import NARROW, Entry, Unit, declared, generated, units
 
-__all__ = ["ALLOWANCE", "COLUMNS", "PATH", "Ledger", "Measured", "compiled", "measured", "value_for", "violations"]
+__all__ = [
+    "ALLOWANCE", "COLUMNS", "PATH", "Ledger", "Measured", "compiled", "made_of", "measured", "tools", "value_for",
+    "violations",
+]  # fmt: skip
 
 PATH = codegen.sources() / "ledger.csv"
 ALLOWANCE = 2  # more registers than in the ledger that are no regression yet; occupancy may not fall at all
 TOGETHER = 24  # units disassembled at once
+LOOKED_AT_BY = ("audit.py", "cuda.py", "inventory.py", "ledger.py", "occupancy.py")
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Measured:
     block: int  # the most threads
     facts: Facts
     tools: str
+    made_of: str  # a digest
     mismatch: str = ""  # between the parameters in the PTX and the signature
 
     def __str__(self) -> str:
@@ -82,8 +92,26 @@ def compiled(parts: Sequence[Unit], architecture: str) -> list[Measured]:
             limit = re.search(r"\.maxntid (\d+)", head)
             block = int(limit[1]) if limit else 1024
             tools = f"NVRTC {version_in(code.ptx)}, nvdisasm {function.disassembler}"
-            made.append(Measured(entry, architecture, block, measure(function, architecture, block), tools, mismatch))
+            facts = measure(function, architecture, block)
+            made.append(Measured(entry, architecture, block, facts, tools, made_of(unit), mismatch))
     return made
+
+
+def tools() -> str:
+    """The compiler and the disassembler that are here."""
+    [unit] = units([Entry("advance", "float32")])
+    return compiled([unit], ARCHITECTURES[0])[0].tools
+
+
+def made_of(unit: Unit) -> str:
+    """The digest of all that decides what is measured of a unit's entries, but for the tools."""
+    return hashlib.sha256(b"\0".join([unit.source.encode(), *_looked_at_by()])).hexdigest()[:12]
+
+
+@cache
+def _looked_at_by() -> list[bytes]:
+    here = Path(__file__).parent
+    return [*(option.encode() for option in OPTIONS), *((here / name).read_bytes() for name in LOOKED_AT_BY)]
 
 
 def _compiled(unit: Unit, architecture: str) -> Compiled:
@@ -151,6 +179,7 @@ COLUMNS: dict[str, Callable[[Measured], str]] = {
     "loop stores": lambda m: _widths(m.facts.loop_stores),
     "loads": lambda m: _widths(m.facts.loads),
     "stores": lambda m: _widths(m.facts.stores),
+    "made of": lambda m: m.made_of,
 }
 
 
@@ -163,15 +192,17 @@ class Ledger:
 
     @classmethod
     def of(cls, results: Iterable[Measured]) -> "Ledger":
-        """The ledger of a whole matrix."""
-        grouped: dict[tuple[str, str], dict[str, Measured]] = {}
+        """The ledger of entries compiled for every architecture, but for those that are against the rules."""
+        found, grouped = "", dict[tuple[str, str], dict[str, Measured]]()
         for m in results:
             grouped.setdefault((m.entry.name, m.entry.variant), {})[m.architecture] = m
+            found = m.tools
         lines = {
             key: {column: _cell([text(line[a]) for a in ARCHITECTURES]) for column, text in COLUMNS.items()}
             for key, line in sorted(grouped.items())
+            if not any(violations(m) for m in line.values())
         }
-        return cls(next(iter(next(iter(grouped.values())).values())).tools, lines)
+        return cls(found, lines)
 
     @classmethod
     def read(cls, path: Path = PATH) -> "Ledger":
@@ -190,6 +221,15 @@ class Ledger:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["kernel", "types", *COLUMNS])
             writer.writerows([*key, *line.values()] for key, line in self.lines.items())
+
+    def outdated(self, entries: Iterable[Entry], tools: str) -> list[Entry]:
+        """The entries whose lines are missing, or of other sources, options, rules or tools."""
+        current = {entry: made_of(unit) for unit in units(entries) for entry in unit.entries}
+        if tools != self.tools:
+            return list(current)
+        nothing: dict[str, str] = {}
+        return [e for e, digest in current.items()
+                if self.lines.get((e.name, e.variant), nothing).get("made of") != digest]  # fmt: skip
 
     def regressions(self, m: Measured) -> list[str]:
         """What is worse than the ledger has it; nothing under other tools, whose code is theirs."""

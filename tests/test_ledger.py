@@ -12,7 +12,7 @@ from benchmarks import ledger as ledgers
 from benchmarks.audit import natural_loops
 from benchmarks.cuda import ARCHITECTURES, CompileError, Instruction, compile_cuda, toolkit
 from benchmarks.inventory import Entry, Unit, inventory, representative, stated_bytes, units
-from benchmarks.ledger import ALLOWANCE, Ledger, compiled, measured, violations
+from benchmarks.ledger import ALLOWANCE, COLUMNS, Ledger, compiled, made_of, measured, tools, value_for, violations
 from benchmarks.occupancy import MULTIPROCESSORS, occupancy
 from gpubackprop.backends import codegen
 
@@ -33,18 +33,32 @@ def test_the_slice_is_no_worse_than_the_ledger(results):
     keeps_up(results)
 
 
+def test_what_the_ledger_has_of_the_same_source_is_what_compiling_it_again_gives(results):
+    """All that is read from machine code: because of this, lines that are up to date need not be compiled again."""
+    ledger, same = Ledger.read(), 0
+    for m in results:
+        line = ledger.lines.get((m.entry.name, m.entry.variant), {})
+        if m.tools == ledger.tools and line["made of"] == m.made_of:
+            found = {column: value_for(m.architecture, cell) for column, cell in line.items()}
+            assert found == {column: text(m) for column, text in COLUMNS.items()}, str(m)
+            same += 1
+    assert same or results[0].tools != ledger.tools, "no line is up to date: python -m benchmarks kernels --update"
+
+
 @pytest.mark.matrix
 def test_every_kernel_for_every_architecture():
-    results = list(measured((entry, architecture) for entry in inventory() for architecture in ARCHITECTURES))
-    assert len(results) == len(inventory()) * len(ARCHITECTURES)
+    """Of those that the ledger is not up to date with."""
+    outdated = Ledger.read().outdated(inventory(), tools())
+    results = list(measured((entry, architecture) for entry in outdated for architecture in ARCHITECTURES))
+    assert len(results) == len(outdated) * len(ARCHITECTURES)
     assert [what for m in results for what in violations(m)] == []
     keeps_up(results)
 
 
 def keeps_up(results):
     ledger = Ledger.read()
-    if results[0].tools != ledger.tools:
-        pytest.skip(f"the ledger was written with {ledger.tools}; this is {results[0].tools}")
+    if others := {m.tools for m in results} - {ledger.tools}:
+        pytest.skip(f"the ledger was written with {ledger.tools}; this is {others.pop()}")
     assert [what for m in results for what in ledger.regressions(m)] == []
 
 
@@ -264,6 +278,37 @@ def test_a_ledger_reads_as_it_was_written(one, tmp_path):
     assert len((tmp_path / "ledger.csv").read_text().splitlines()) == 3
 
 
+# ---- what is up to date --------------------------------------------------------------------------------------------
+
+
+def test_lines_of_other_sources_rules_or_tools_are_outdated(one, monkeypatch):
+    m, ledger = one[0], Ledger(one[1].tools, {key: dict(line) for key, line in one[1].lines.items()})
+    assert ledger.outdated([m.entry], m.tools) == []
+    new = Entry("tanh_forward", "float32")
+    assert ledger.outdated([m.entry, new], m.tools) == [new]
+    assert ledger.outdated([m.entry], m.tools.replace("NVRTC V", "NVRTC V1")) == [m.entry]
+    for change in (
+        lambda: monkeypatch.setattr(ledgers, "units", lambda e: [replace(u, source=u.source + " ") for u in units(e)]),
+        lambda: monkeypatch.setattr(ledgers, "_looked_at_by", lambda: [b"other rules"]),
+        lambda: ledger.lines["relu_forward", "float32"].pop("made of"),  # written before there were digests
+    ):
+        change()
+        assert ledger.outdated([m.entry], m.tools) == [m.entry]
+        monkeypatch.undo()
+
+
+def test_the_digest_is_of_all_that_decides():
+    [unit] = units([Entry("relu_forward", "float32")])
+    assert unit.source == codegen.source("relu") and len(made_of(unit)) == 12
+    assert b"--fmad=false" in ledgers._looked_at_by() and any(b"def violations" in t for t in ledgers._looked_at_by())
+
+
+def test_what_is_against_the_rules_is_not_written(one):
+    m, _ = one
+    spilled = [replace(m, architecture=a, facts=replace(m.facts, spills=(a == "sm_75", 0))) for a in ARCHITECTURES]
+    assert Ledger.of(spilled).lines == {}
+
+
 # ---- occupancy -----------------------------------------------------------------------------------------------------
 
 HEADER = """
@@ -368,6 +413,9 @@ def test_the_command_writes_the_ledger(one, tmp_path, monkeypatch):
     written = CliRunner().invoke(command.main, ["kernels", "--update"])
     assert written.exit_code == 0, written.output
     assert list(Ledger.read(path).lines) == [("relu_forward", "float32")]
+    before = path.read_text()
+    monkeypatch.setattr(command, "measured", lambda jobs: [] if not jobs else pytest.fail("nothing is outdated"))
+    assert CliRunner().invoke(command.main, ["kernels", "--update"]).exit_code == 0 and path.read_text() == before
 
 
 def test_the_toolkit_needs_no_header_for_float32():

@@ -46,6 +46,7 @@ OPTIONS += [
 ]  # libraries define the same names and must not share them
 # Without optimisation, which would take twice as long, and drop reads that nothing needs before they are watched.
 SANITIZERS = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SCHEDULER = ["-O2", "-fsanitize=address"]
 KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\((\w+)\)\s+(\w+)\(')
 NUMPY = {"e": np.float16, "E": ml_dtypes.bfloat16}  # the other codes are NumPy's own
 
@@ -93,7 +94,8 @@ def _build(source, sanitize, more):
     exports = "".join(f"KERNEL({name}, {threads})\n" for name, threads in kernels.items())
     text = f"{source}\nnamespace gpubackprop {{\n{exports}}}\n"
     options = [*OPTIONS, *SANITIZERS * sanitize, *more]
-    runtime = _cached(".o", (HERE / "emulation.cpp").read_text("utf-8"), [*options, "-c", "-I", str(HERE)])
+    scheduler = [*OPTIONS, *SCHEDULER[: 2 if sanitize else 1], *more, "-c", "-I", str(HERE)]
+    runtime = _cached(".o", (HERE / "emulation.cpp").read_text("utf-8"), scheduler)
     header = ["-include", str(_header(tuple(options))), "-I", str(HERE / "include")]
     return Library(_cached(".so", text, [*options, *header, "-shared"], [str(runtime)]), source, kernels, sanitize)
 
