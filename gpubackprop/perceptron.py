@@ -117,6 +117,8 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
         random = check_random_state(self.random_state)
         if first:
             self._begin(x, target, random)
+        else:
+            self._check_unchanged()
         if self.solver == "lbfgs":
             minimise(self, x, target, weight, random)
         else:
@@ -139,6 +141,23 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
             whole(where, "batch_size", self.batch_size)
         for size in self._hidden:
             whole(where, "hidden_layer_sizes", size)
+        if not isinstance(self.callbacks, Sequence):
+            got = type(self.callbacks).__name__
+            raise TypeError(f"{where}: callbacks must be a list of functions of the trainer, got {got}")
+        if self.solver == "lbfgs" and self.dropout:
+            raise ValueError(f"{where}: lbfgs compares the losses of steps, which dropout draws anew; use sgd or adam")
+        get_backend(self.device)  # what cannot be had is an error before anything is fitted
+
+    def _check_unchanged(self) -> None:
+        """Raise if a parameter that makes the network is not the one it was made with."""
+        for key, value in self._made_with.items():
+            if self._making()[key] != value:
+                raise ValueError(f"fit: {key} was {value!r} when the network was made and is {self._making()[key]!r} "
+                                 "now; fit anew, without warm_start or partial_fit")  # fmt: skip
+
+    def _making(self) -> dict[str, Any]:
+        sizes = tuple(int(n) for n in self._hidden)
+        return {"hidden_layer_sizes": sizes, "activation": self.activation, "dropout": self.dropout}
 
     @property
     def _hidden(self) -> list[Any]:
@@ -149,6 +168,7 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
         """A network that has learnt nothing, with weights as scikit-learn draws them (Glorot & Bengio, "Understanding
         the difficulty of training deep feedforward neural networks")."""
         self.n_outputs_, self.out_activation_ = self._head(target)
+        self._made_with = self._making()
         sizes = [int(n) for n in (x.shape[1], *self._hidden, self.n_outputs_)]
         self.n_layers_, self.n_iter_, self.t_ = len(sizes), 0, 0
         narrow = x.dtype == np.float32 and self.solver != "lbfgs"  # whose line search needs the digits
@@ -166,18 +186,18 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
         return [layer for layer in self.model_.layers if isinstance(layer, Dense)]
 
     @property
-    def coefs_(self) -> list[Array]:
+    def coefs_(self) -> tuple[Array, ...]:
         """The weight matrix (inputs, units) of each layer, as copies; assigning a list of such changes the network."""
-        return [_frozen(layer.weight.numpy()) for layer in self._dense]
+        return tuple(_frozen(layer.weight.numpy()) for layer in self._dense)
 
     @coefs_.setter
     def coefs_(self, values: Sequence[Any]) -> None:
         self._assign("coefs_", "weight", values)
 
     @property
-    def intercepts_(self) -> list[Array]:
+    def intercepts_(self) -> tuple[Array, ...]:
         """The bias (units,) of each layer, as copies; assigning a list of such changes the network."""
-        return [_frozen(layer.bias.numpy()) for layer in self._dense]
+        return tuple(_frozen(layer.bias.numpy()) for layer in self._dense)
 
     @intercepts_.setter
     def intercepts_(self, values: Sequence[Any]) -> None:

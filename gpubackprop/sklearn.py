@@ -50,8 +50,11 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
     does X's own type, for lbfgs float64; "float32" is faster, on most GPUs by far); the rate of `dropout` after each
     hidden layer; `callbacks`, each called with the trainer after each epoch, to stop if one returns True.
 
-    Beside its attributes: `model_`, the network as a gb.Sequential, and `trainer_`, with what it was trained by.
-    `coefs_` and `intercepts_` are copies that cannot be written to; assign a whole list to change the network.
+    Beside its attributes: `model_`, the network as a gb.Sequential, and `trainer_`, what it was trained by (None for
+    lbfgs). `coefs_` and `intercepts_` are copies that cannot be written to; assign a whole list to change the network.
+
+    It differs where rows of several batches have weights: `loss_` is then their weighted mean over the epoch, by which
+    training may end in another one. A sparse X is made dense.
 
     y holds classes (n,), or for several labels rows of 0 and 1 (n, labels).
     """
@@ -86,6 +89,9 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
         classes = np.arange(y.shape[1]) if several else np.unique(y)
         if not hasattr(self, "classes_") or not (self.warm_start or incremental):
             self.classes_, self._labels = classes, several
+        elif several != self._labels:
+            now, then = (("one class each", "several labels")[kind] for kind in (several, self._labels))
+            raise ValueError(f"fit: the rows of y have {now}, but the network was made for {then}; fit a new estimator")
         elif self.warm_start and not np.array_equal(classes, self.classes_):
             what = f"y has the classes {classes}, but the network was trained on {self.classes_}"
             raise ValueError(f"fit: {what}; with warm_start they must be the same")

@@ -188,7 +188,7 @@ class Watch:
         e.loss_curve_.append(e.loss_)
         self._say(f"Iteration {e.n_iter_}, loss = {e.loss_:.8f}")
         e._no_improvement_count = 0 if self._improved(trainer) else e._no_improvement_count + 1
-        if e.solver == "sgd" and e.learning_rate == "invscaling":
+        if isinstance(self.rate, Rate) and e.learning_rate == "invscaling":
             self.rate.value = e.learning_rate_init / (e.t_ + 1) ** e.power_t
         if e._no_improvement_count > e.n_iter_no_change:
             self.stopped = self._stops()
@@ -216,7 +216,7 @@ class Watch:
         """Whether too many epochs without improvement end training: an adaptive learning rate is divided first."""
         e, what = self.e, "Validation score" if self.held_out else "Training loss"
         why = f"{what} did not improve more than tol={e.tol:f} for {e.n_iter_no_change} consecutive epochs."
-        if e.solver != "sgd" or e.learning_rate != "adaptive":
+        if not isinstance(self.rate, Rate) or e.learning_rate != "adaptive":
             self._say(f"{why} Stopping.")
             return True
         if self.rate.value <= LEAST_RATE:
@@ -256,7 +256,7 @@ def minimise(e: Any, x: Buffer, target: Array, weight: Array | None, random: np.
         found.append(minimize(function, weights, method="L-BFGS-B", jac=True, options=options))
         return np.asarray(found[-1].x)
 
-    trainer = _trainer(e, LBFGS(minimizer=search), random)
+    e.trainer_, trainer = None, _trainer(e, LBFGS(minimizer=search), random)
     try:
         trainer.fit(
             x, _beside(x, target, e), 1, shuffle=False, callbacks=[*e.callbacks], progress=False, sample_weight=weight

@@ -446,3 +446,62 @@ def test_without_scikit_learn_the_error_names_the_extra():
     code = "import sys; sys.modules['sklearn'] = None; import gpubackprop.sklearn"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert re.search(r"ImportError: .*pip install 'gpubackprop\[sklearn\]'", done.stderr)
+
+
+# ---- what changes between fits -------------------------------------------------------------------------------------
+
+
+def small(rng, classes=3):
+    return rng.normal(size=(60, 4)), rng.integers(0, classes, 60)
+
+
+def test_a_network_for_classes_is_not_trained_on_labels(rng):
+    x, y = small(rng)
+    model = MLPClassifier((4,), max_iter=2, random_state=0)
+    with pytest.warns(ConvergenceWarning):
+        model.fit(x, y)
+    with pytest.raises(
+        ValueError, match="the rows of y have several labels, but the network was made for one class each"
+    ):
+        model.partial_fit(x, np.c_[y > 0, y > 1, y > 1].astype(int))
+
+
+@pytest.mark.parametrize("rate", ["invscaling", "adaptive"])
+def test_another_solver_set_between_partial_fits_goes_on_with_the_first(rate, rng):
+    x, y = small(rng)
+    model = MLPClassifier((4,), random_state=0, n_iter_no_change=1).partial_fit(x, y, classes=[0, 1, 2])
+    model.set_params(solver="sgd", learning_rate=rate, tol=1e9)
+    for _ in range(4):
+        model.partial_fit(x, y)
+    assert len(model.loss_curve_) == 5
+
+
+@pytest.mark.parametrize("change", [{"activation": "tanh"}, {"hidden_layer_sizes": (5,)}, {"dropout": 0.5}], ids=str)
+def test_what_makes_the_network_cannot_be_changed_under_it(change, rng):
+    x, y = small(rng)
+    model = MLPClassifier((4,), random_state=0).partial_fit(x, y, classes=[0, 1, 2])
+    with pytest.raises(ValueError, match=f"fit: {next(iter(change))} was .* when the network was made"):
+        model.set_params(**change).partial_fit(x, y)
+
+
+@pytest.mark.parametrize("bad, kind, message", [
+    ({"callbacks": None}, TypeError, "callbacks must be a list of functions of the trainer, got NoneType"),
+    ({"device": "cuda"}, RuntimeError, "cuda"),
+    ({"solver": "lbfgs", "dropout": 0.5}, ValueError, "lbfgs compares the losses of steps, which dropout draws anew"),
+])  # fmt: skip
+def test_what_cannot_be_leaves_nothing_fitted(bad, kind, message, rng):
+    x, y = small(rng)
+    model = MLPClassifier((4,), **bad)
+    with pytest.raises(kind, match=message):
+        model.fit(x, y)
+    with pytest.raises(NotFittedError):
+        model.predict(x)
+
+
+def test_weights_of_the_network_are_assigned_whole(rng):
+    x, y = small(rng)
+    model = MLPClassifier((4,), random_state=0).partial_fit(x, y, classes=[0, 1, 2])
+    with pytest.raises(TypeError):
+        model.coefs_[0] = np.zeros((4, 4))
+    model.coefs_ = [np.zeros_like(w) for w in model.coefs_]
+    assert not model.coefs_[0].any() and np.ptp(model.predict_proba(x), axis=0).max() < 1e-15
