@@ -1,5 +1,6 @@
 """Every test starts from one seed; tests marked `gpu` run where a GPU is, and the summary says if there was none."""
 
+import gc
 import os
 import random
 import re
@@ -42,6 +43,12 @@ def cuda(monkeypatch):
     for name, backend in made.items():
         if re.fullmatch(r"cuda:\d+", name):
             backend.driver.check()
+
+
+def pytest_collection_finish():
+    """Keep what thousands of tests are made of out of every look for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item):
