@@ -435,7 +435,8 @@ class Trainer:
         updates = np.arange(len(weight)) // self.accumulate
         whole_weight = np.bincount(updates, weight)[updates].astype(np.float64)  # of all batches of the update
         values = self.state.table_rows(self.updates, updates[-1] + 1, self.epoch, self.history)
-        values = {k: np.pad(v, (0, len(weight) - len(v)), "edge") for k, v in values.items()}
+        if self.accumulate > 1:  # fewer updates than batches
+            values = {k: np.pad(v, (0, len(weight) - len(v)), "edge") for k, v in values.items()}
         values |= {"1 / weight": inverse(whole_weight)} | self.penalty.table_rows(whole_weight)
         rows = np.empty((len(weight), len(table.columns)))
         for i, column in enumerate(table.columns):
