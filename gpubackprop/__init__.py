@@ -7,14 +7,13 @@
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpubackprop import datasets, initializers
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.callbacks import EarlyStopping
 from gpubackprop.checkpoint import load_model, save_model
-from gpubackprop.diagnostics import explain_weight, loss_of_weights, sensitivity
 from gpubackprop.formulas import register_activation
 from gpubackprop.fused import (
     batch_norm,
@@ -33,7 +32,6 @@ from gpubackprop.fused import (
     sse,
 )
 from gpubackprop.gradients import gradcheck, hessian_vector_product, value_and_grad
-from gpubackprop.guessing import grid_points, grid_search, random_search
 from gpubackprop.holdout import KFold, learning_curve, split
 from gpubackprop.layers import (
     Activation,
@@ -49,7 +47,6 @@ from gpubackprop.layers import (
     mlp,
 )
 from gpubackprop.model import Layer, training
-from gpubackprop.nan_search import find_nan
 from gpubackprop.ops import (
     abs,
     add,
@@ -96,12 +93,18 @@ from gpubackprop.optimizers import (
     RMSprop,
 )
 from gpubackprop.plan import Plan
-from gpubackprop.range_test import lr_range_test
-from gpubackprop.report import gradient_report
-from gpubackprop.scaling import layer_stats, lsuv
 from gpubackprop.shapes import broadcast_to, concatenate, gather, reshape, stack, transpose
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
+
+if TYPE_CHECKING:
+    from gpubackprop import schedules
+    from gpubackprop.diagnostics import explain_weight, loss_of_weights, sensitivity
+    from gpubackprop.guessing import grid_points, grid_search, random_search
+    from gpubackprop.nan_search import find_nan
+    from gpubackprop.range_test import lr_range_test
+    from gpubackprop.report import gradient_report
+    from gpubackprop.scaling import layer_stats, lsuv
 
 __version__ = "0.1.0"
 
@@ -121,7 +124,25 @@ __all__ = [
 ]  # fmt: skip
 
 
+# What is not needed to train is loaded when it is first asked for: names and their modules.
+_LATER = {
+    "explain_weight": "diagnostics",
+    "find_nan": "nan_search",
+    "gradient_report": "report",
+    "grid_points": "guessing",
+    "grid_search": "guessing",
+    "layer_stats": "scaling",
+    "loss_of_weights": "diagnostics",
+    "lr_range_test": "range_test",
+    "lsuv": "scaling",
+    "random_search": "guessing",
+    "sensitivity": "diagnostics",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "schedules":  # loaded when first asked for
+    if name == "schedules":
         return import_module("gpubackprop.schedules")
+    if name in _LATER:
+        return getattr(import_module(f"gpubackprop.{_LATER[name]}"), name)
     raise AttributeError(f"module 'gpubackprop' has no attribute {name!r}")
