@@ -121,7 +121,7 @@ def observed(trainer: Trainer, x: Any, y: Any, where: str) -> Observed:
     twin = copied(trainer, where)
     rows, targets, _ = twin._data(x, y, where)
     back, watcher = twin.backend, _Watcher(twin.model)
-    with training(twin.seed, twin.step + 1), observing(watcher):
+    with training(twin.seed, twin._batches + 1), observing(watcher):
         output = twin.model(Tensor(back.asarray(rows), back, requires_grad=True))  # so that frozen layers show theirs
         loss = twin.objective.total(output, Tensor(back.asarray(targets), back)) * (1 / len(rows))
     loss.backward()
@@ -232,7 +232,7 @@ def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Ten
     `gb.hessian_vector_product`, `gb.gradcheck` and `gb.value_and_grad`, which take w as it is.
     """
     where = "loss_of_weights"
-    twin, step = copied(trainer, where), trainer.step + 1
+    twin, batch = copied(trainer, where), trainer._batches + 1
     loss = twin.objective.function if twin.objective.own else twin.objective.name
     double = Trainer(
         twin.model, loss, device=twin.backend.device, seed=twin.seed, precision="float64",
@@ -252,7 +252,7 @@ def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Ten
         back = get_backend(weights[0].device)
         with_weights = copy.deepcopy(model, {id(p): w for p, w in zip(trained, weights, strict=True)})
         with_weights._lay_out(back.device)
-        with training(double.seed, step):
+        with training(double.seed, batch):
             output = with_weights(Tensor(back.asarray(host), back))
             mean = double.objective.total(output, Tensor(back.asarray(targets), back)) * (1 / len(host))
             return penalty.added(mean, weights, len(host))

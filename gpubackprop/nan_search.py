@@ -21,7 +21,7 @@ class BadLaunch:
     """The first launch that wrote a NaN or an infinity."""
 
     epoch: int
-    step: int  # of the epoch, from 1
+    step: int  # of the epoch, from 1: the batch, as in TrainingDiverged
     layer: str
     name: str
     what: str  # the equation it computes
@@ -53,19 +53,19 @@ class _Search:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.found: dict[tuple[int, int], BadLaunch] = {}  # by epoch and step
-        self._epoch, self._begun = trainer.epoch, trainer.step
+        self._epoch, self._begun = trainer.epoch, trainer._batches
 
     def __call__(self, launch: Launch) -> None:
         trainer = self.trainer
         if trainer.epoch != self._epoch:
-            self._epoch, self._begun = trainer.epoch, trainer.step
+            self._epoch, self._begun = trainer.epoch, trainer._batches
         finite = not self._bad(launch.reads).any()
         named = {} if finite else trainer.model.named_parameters()
         weights = tuple(k for k, p in named.items() if self._bad([p.master]).any())  # the launch may write over them
         launch.run()
         nans, infinities = self._bad(launch.writes).tolist()
         if nans or infinities:
-            at = self._epoch + 1, trainer.step - self._begun + 1
+            at = self._epoch + 1, trainer._batches - self._begun + 1
             bad = BadLaunch(*at, launch.layer, launch.name, launch.what, nans, infinities, finite, weights)
             self.found.setdefault(at, bad)
             if not trainer.precision.dynamic:

@@ -569,6 +569,24 @@ def test_a_logarithm_of_zero_is_named(rng):
     assert gb.find_nan(t, x, y, batch_size=8) is None
 
 
+def test_steps_are_counted_in_batches_where_several_make_an_update(rng):
+    """Dropout draws anew for every batch, and TrainingDiverged names the batch: so do those that look at a step."""
+    x, y = data(rng)
+    model = gb.mlp([6, 64, 3], dropout=0.5, dtype="float64")
+    t = gb.Trainer(model, "cross_entropy", gb.SGD(lr=0.1), seed=0, device="cpu", accumulate=3)
+    t.fit(x, y, epochs=1, batch_size=6)
+    assert t.step == 2
+    report, (loss, weights) = gb.gradient_report(t, x, y), gb.loss_of_weights(t, x, y)
+    at = loss(*map(gb.tensor, weights)).item()
+    assert t.fit(x, y, epochs=1, batch_size=24, shuffle=False)["loss"][-1] == pytest.approx(report.loss, rel=1e-13)
+    assert at == pytest.approx(report.loss, rel=1e-13)
+    x[17, 3] = 0
+    t = gb.Trainer(gb.Sequential(Log(), gb.Dense(6, 3)), seed=0, device="cpu", accumulate=2)
+    with np.errstate(divide="ignore"), pytest.raises(gb.TrainingDiverged) as caught:
+        t.fit(np.abs(x), y, epochs=1, batch_size=8, shuffle=False)
+    assert gb.find_nan(t, np.abs(x), y, batch_size=8, shuffle=False).step == caught.value.step == 3
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_fit_that_diverged_is_repeated_up_to_its_first_bad_launch(loss, rng):
     x, y = data(rng, loss)
