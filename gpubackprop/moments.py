@@ -43,13 +43,11 @@ class Moments:
 
     def _scalars(self) -> dict[str, tuple[Expr, int]]:
         """The columns of the step table: for each part every expression of scalars alone, and the part's number."""
-        found: dict[str, tuple[Expr, int]] = {}
-        for i in range(len(self.parts)):
-            for before in (True, False):
-                graph = self.rule.graph(before=before, general=True)
-                for e in columns_of(graph, ("p", "g", "factor", *self.rule.state)):
-                    found[f"{describe(e)} [{i}]" if len(self.parts) > 1 else describe(e)] = e, i
-        return found
+        graphs = (self.rule.graph(before=before, general=True) for before in (True, False))
+        read = {describe(e): e for graph in graphs for e in columns_of(graph, ("p", "g", "factor", *self.rule.state))}
+        if len(self.parts) == 1:
+            return {column: (e, 0) for column, e in read.items()}
+        return {f"{column} [{i}]": (e, i) for i in range(len(self.parts)) for column, e in read.items()}
 
     def table_rows(self, done: int, updates: int, epoch: int = 0, history: History = NO_HISTORY) -> dict[str, Floats]:
         """Each scalar at the updates that follow on `done` of them and `epoch` epochs, in float64."""

@@ -55,6 +55,8 @@ class Penalty:
 
     def table_rows(self, weight: Floats) -> dict[str, Floats]:
         """Each column at steps whose batches weigh so much: without weights, as many as their rows."""
+        if not self._scalars:
+            return {}
         each = {w: self._strengths(w) for w in set(weight.tolist())}
         named = {key: np.array([each[w][key] for w in weight.tolist()]) for key in ("l1", "l2")}
         return {column: values_of(e, named | {"weight": weight}, weight) for column, e in self._scalars.items()}

@@ -39,8 +39,8 @@ def rates(lr: Rate, updates: Floats, epoch: int, history: History) -> Floats:
         values = np.array([_number(lr(int(t)), int(t)) for t in updates])
     else:
         return np.full(updates.shape, lr)
-    if not ((values >= 0) & (values < math.inf)).all():
-        at = int(np.argmin((values >= 0) & (values < math.inf)))
+    if not (good := (values >= 0) & (values < math.inf)).all():
+        at = int(np.argmin(good))
         raise ValueError(f"learning rate: the schedule gives {values[at]} at update {int(updates[at])}; "
                          f"expected a finite number >= 0")  # fmt: skip
     return values
