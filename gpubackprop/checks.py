@@ -1,13 +1,14 @@
 """Arguments at the door: numbers, flags and choices, with one form of error for all."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-__all__ = ["choice", "flag", "number", "whole"]
+__all__ = ["choice", "flag", "interval", "number", "settle", "whole"]
 
 BOUNDS = {
     "> 0": lambda v: v > 0,
@@ -41,6 +42,31 @@ def flag(where: str, key: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{where}: {key} must be True or False, got {type(value).__name__} {value!r}")
     return bool(value)
+
+
+def interval(where: str, low: Any, high: Any, bounds: str = "") -> tuple[float, float]:
+    """Two numbers as floats, low less than high, each within the bounds."""
+    low, high = number(where, "low", low, bounds), number(where, "high", high, bounds)
+    if not low < high:
+        raise ValueError(f"{where}: low {low:g} must be less than high {high:g}")
+    return low, high
+
+
+def settle(settings: Any, bounds: Mapping[str, str], otherwise: str) -> None:
+    """Check each field of a dataclass that is declared float, int or bool, and keep it as that type, frozen or not.
+
+    A float must lie within the bounds of its name, or `otherwise`; an int is at least 1, or 0 where its bounds say so.
+    """
+    where = type(settings).__name__
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if f.type is float:
+            value = number(where, f.name, value, bounds.get(f.name, otherwise))
+        elif f.type is int:
+            value = whole(where, f.name, value, 0 if bounds.get(f.name) == ">= 0" else 1)
+        elif f.type is bool:
+            value = flag(where, f.name, value)
+        object.__setattr__(settings, f.name, value)
 
 
 def choice(where: str, key: str, value: Any, known: Iterable[str | None]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.checks import number, whole
+from gpubackprop.checks import interval, whole
 from gpubackprop.data import as_seed
 from gpubackprop.model import Layer
 from gpubackprop.trainer import Trainer
@@ -46,7 +46,7 @@ def random_search(
 ) -> Guesses:
     """Draw all trained weights uniformly from [low, high) so many times; the model keeps the best of them."""
     where = "random_search"
-    low, high = _bounds(where, low, high)
+    low, high = interval(where, low, high)
     generator = np.random.default_rng(as_seed(seed, where))
     size = _weights(trainer.model)
     return _best_of(
@@ -64,7 +64,7 @@ def grid_search(trainer: Trainer, x: Any, y: Any, segments: int = 10, low: float
     """Try every point of a grid, the middles of so many segments of [low, high] for each trained weight; the model
     keeps the best. ValueError where that are more than a million."""
     where = "grid_search"
-    low, high = _bounds(where, low, high)
+    low, high = interval(where, low, high)
     points = grid_points(trainer.model, segments)
     if points > MOST_POINTS:
         n = _weights(trainer.model)
@@ -77,13 +77,6 @@ def grid_search(trainer: Trainer, x: Any, y: Any, segments: int = 10, low: float
 def _weights(model: Layer) -> int:
     """How many weights are trained, without those that are frozen."""
     return sum(math.prod(p.shape) for p in model.named_parameters().values() if p.stepped)
-
-
-def _bounds(where: str, low: Any, high: Any) -> tuple[float, float]:
-    low, high = number(where, "low", low), number(where, "high", high)
-    if not low < high:
-        raise ValueError(f"{where}: low {low:g} must be less than high {high:g}")
-    return low, high
 
 
 def _best_of(trainer: Trainer, x: Any, y: Any, guesses: Iterable[Floats]) -> Guesses:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.arena import Arena
-from gpubackprop.checks import choice, flag, number, whole
+from gpubackprop.checks import choice, number, settle
 from gpubackprop.formulas import RULES, Rule
 from gpubackprop.rates import Rate
 
@@ -44,14 +44,9 @@ class Optimizer:
         where = type(self).__name__
         if isinstance(self.lr, type):
             raise TypeError(f"{where}: lr is the class {self.lr.__name__}; make one, such as Step(0.1, every=30)")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is float or (f.name == "lr" and not callable(value)):
-                object.__setattr__(self, f.name, number(where, f.name, value, BOUNDS.get(f.name, "in [0, 1)")))
-            elif f.type is int:
-                object.__setattr__(self, f.name, whole(where, f.name, value))
-            elif f.type is bool:
-                object.__setattr__(self, f.name, flag(where, f.name, value))
+        if not callable(self.lr):
+            object.__setattr__(self, "lr", number(where, "lr", self.lr, BOUNDS["lr"]))
+        settle(self, BOUNDS, "in [0, 1)")
         self._check_groups()
 
     def _check_groups(self) -> None:

@@ -1,6 +1,5 @@
 """The learning-rate range test: how the loss of a copy of a trainer goes while its learning rate rises."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -9,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.checks import number, whole
+from gpubackprop.checks import interval, whole
 from gpubackprop.columns import Columns
 from gpubackprop.data import check_same_length
+from gpubackprop.diagnostics import copied
 from gpubackprop.holdout import take
 from gpubackprop.optimizers import LBFGS, Optimizer
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -52,17 +52,13 @@ def lr_range_test(
     of groups keep their ratio to the others'. The trainer stays as it is.
     """
     where = "lr_range_test"
-    if not isinstance(trainer, Trainer):
-        raise TypeError(f"{where}: trainer is {type(trainer).__name__}; expected a Trainer: gb.Trainer(model, …)")
+    twin = copied(trainer, where)
     if isinstance(trainer.optimizer, LBFGS):
         raise ValueError(f"{where}: LBFGS searches for the length of its steps; there is no rate to test")
     check_same_length(x, y, where)
-    low, high = number(where, "low", low, "> 0"), number(where, "high", high, "> 0")
+    low, high = interval(where, low, high, "> 0")
     updates, batch_size = whole(where, "updates", updates, 2), whole(where, "batch_size", batch_size)
-    if not low < high:
-        raise ValueError(f"{where}: low {low:g} must be less than high {high:g}")
     rates = low * (high / low) ** (np.arange(updates) / (updates - 1))
-    twin = copy.deepcopy(trainer)
     twin.use(_rising(trainer.optimizer, rates, trainer.updates))
     generator = np.random.Generator(np.random.PCG64([trainer.seed, updates]))
     rows = generator.permutation(n := len(x))

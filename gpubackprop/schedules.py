@@ -5,13 +5,13 @@ table, so that recorded steps and CUDA graphs are replayed as ever.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.checks import choice, flag, number, whole
+from gpubackprop.checks import choice, settle
 from gpubackprop.rates import History, watched
 
 __all__ = ["Constant", "Cosine", "Exponential", "OneCycle", "Plateau", "Polynomial", "Schedule", "Step"]
@@ -31,15 +31,7 @@ class Schedule:
     per: str = field(default="updates", kw_only=True)
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            where, bounds = type(self).__name__, _BOUNDS.get(f.name, "> 0")
-            if f.type is float:
-                object.__setattr__(self, f.name, number(where, f.name, value, bounds))
-            elif f.type is int:
-                object.__setattr__(self, f.name, whole(where, f.name, value, 0 if f.name == "warmup" else 1))
-            elif f.type is bool:
-                object.__setattr__(self, f.name, flag(where, f.name, value))
+        settle(self, _BOUNDS, "> 0")
         choice(type(self).__name__, "per", self.per, UNITS)
 
     def factor(self, t: Any) -> Any:
@@ -55,7 +47,8 @@ class Schedule:
         return np.broadcast_to(self(updates if self.per == "updates" else float(epoch)), updates.shape)
 
 
-_BOUNDS = {"end": ">= 0", "min_delta": ">= 0", "start": ">= 0", "decay": "in (0, 1]", "rise": "in (0, 1)"}
+_BOUNDS = {"end": ">= 0", "min_delta": ">= 0", "start": ">= 0", "warmup": ">= 0", "decay": "in (0, 1]",
+           "rise": "in (0, 1)"}  # fmt: skip
 
 
 @dataclass(frozen=True)
