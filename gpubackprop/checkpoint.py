@@ -11,7 +11,7 @@ import numpy as np
 
 from gpubackprop.backends import get_backend
 from gpubackprop.formulas import ACTIVATIONS, Activation, register_activation
-from gpubackprop.model import CLASSES, Layer
+from gpubackprop.model import CLASSES, Layer, check_model
 
 __all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write_file"]
 
@@ -36,8 +36,7 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     `extra` is anything JSON holds; `read_metadata` gives it back. On any error the old file stands.
     """
     _check_path(path, "save_model")
-    if not isinstance(model, Layer):
-        raise TypeError(f"save_model: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])")
+    check_model(model, "save_model")
     import json
 
     from safetensors.numpy import save

@@ -22,7 +22,7 @@ from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
 
-__all__ = ["CLASSES", "Layer", "Mode", "current_mode", "mode", "seed_or_fresh", "training"]
+__all__ = ["CLASSES", "Layer", "Mode", "check_model", "current_mode", "mode", "seed_or_fresh", "training"]
 
 
 # ---- training or inference -----------------------------------------------------------------------------------------
@@ -54,9 +54,6 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
     """Layers called inside `with training():` behave as in training: dropout draws, keyed by seed and step, and
     BatchNorm takes batch statistics. Outside it they infer."""
     return mode(Mode(True, seed, step))
-
-
-# ---- looking on ----------------------------------------------------------------------------------------------------
 
 
 # ---- the base ------------------------------------------------------------------------------------------------------
@@ -388,6 +385,12 @@ def as_dtype(dtype: npt.DTypeLike, where: str) -> npt.DTypeLike:
     if not known:
         raise TypeError(f"{where}: dtype {dtype} is not supported; choose from float32, float64")
     return dtype
+
+
+def check_model(model: Any, where: str) -> None:
+    """Raise unless it is a layer."""
+    if not isinstance(model, Layer):
+        raise TypeError(f"{where}: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])")
 
 
 def seed_or_fresh(seed: Any, where: str) -> int:

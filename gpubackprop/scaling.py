@@ -14,7 +14,7 @@ from gpubackprop.formulas import Activation
 from gpubackprop.fused import dense
 from gpubackprop.initializers import draw
 from gpubackprop.layers import Dense
-from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
+from gpubackprop.model import Layer, Mode, check_model, mode, seed_or_fresh
 from gpubackprop.observe import observing
 from gpubackprop.tensor import Tensor
 
@@ -77,8 +77,7 @@ def lsuv(model: Layer, x: Any, seed: int | None = None) -> Layer:
     ValueError where the rows of x all come out of a layer alike, or where its biases alone vary by more; the layers
     before it are then drawn.
     """
-    if not isinstance(model, Layer):
-        raise TypeError(f"lsuv: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])")
+    check_model(model, "lsuv")
     seed = seed_or_fresh(seed, "lsuv")
     model.initialize(seed, missing=True)
     names = {p: key for key, p in model.named_parameters().items()}

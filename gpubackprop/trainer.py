@@ -22,7 +22,7 @@ from gpubackprop.device_data import check_one_place, on_device, taken
 from gpubackprop.lbfgs import Curvature, SearchStep
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
-from gpubackprop.model import Layer, Mode, mode, seed_or_fresh
+from gpubackprop.model import Layer, Mode, check_model, mode, seed_or_fresh
 from gpubackprop.moments import HostMoments, Moments
 from gpubackprop.optimizers import LBFGS, OPTIMIZERS, Optimizer
 from gpubackprop.penalty import Penalty, Strength
@@ -95,10 +95,7 @@ class Trainer:
         l1: Strength = 0.0, l2: Strength = 0.0, label_smoothing: float = 0.0, accumulate: int = 1,
         cuda_graph: bool = False,
     ) -> None:  # fmt: skip
-        if not isinstance(model, Layer):
-            raise TypeError(
-                f"Trainer: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])"
-            )
+        check_model(model, "Trainer")
         self.model = model
         self._optimizer = _optimizer(optimizer)
         if isinstance(metrics, str):
