@@ -50,19 +50,18 @@ class Curvature(Moments):
         return {f"{what}{i}": self._named(v) for i, pair in pairs for what, v in zip("sy", pair, strict=True)}
 
     def load(self, moments: HostMoments) -> None:
-        if all(values.keys() == self.arena.parameters.keys() for values in moments.values()):
+        shapes = {key: p.shape for key, p in self.arena.parameters.items()}
+        if all({key: v.shape for key, v in values.items()} == shapes for values in moments.values()):
             found = {name: self._vector(values) for name, values in moments.items()}
             self.pairs = [(found[f"s{i}"], found[f"y{i}"]) for i in range(len(found) // 2)]
 
     def _named(self, vector: Vector) -> dict[str, Vector]:
-        shapes = {k: p.shape for k, p in self.arena.parameters.items()}
-        starts = self.arena.offsets
-        return {k: vector[starts[k] : starts[k] + math.prod(s)].reshape(s) for k, s in shapes.items()}
+        return {key: self.arena.slice(vector[None], key) for key in self.arena.parameters}
 
     def _vector(self, values: dict[str, npt.NDArray[Any]]) -> Vector:
         vector = np.zeros(self.arena.size)
         for key, value in values.items():
-            vector[self.arena.offsets[key] :][: value.size] = value.reshape(-1)
+            self.arena.slice(vector[None], key)[:] = value
         return vector
 
     def learn(self, s: Vector, y: Vector) -> None:

@@ -164,6 +164,29 @@ def test_a_copy_goes_on_as_the_trainer_does():
         np.testing.assert_array_equal(value, twin.model.state_dict()[key])
 
 
+def test_what_was_learnt_of_other_shapes_is_forgotten():
+    """A layer made wider: the next step is that of a new trainer, down the gradient."""
+
+    class Net(gb.Layer):
+        def __init__(self):
+            self.hidden, self.out = gb.Dense(64, 8, "tanh"), gb.Dense(8, 10)
+
+        def forward(self, x):
+            return self.out(self.hidden(x))
+
+    x, y = gb.datasets.digits()
+    model = Net()
+    trainer = gb.Trainer(model, optimizer=gb.LBFGS(), precision="float64", seed=0)
+    trainer.fit(x[:200], y[:200], epochs=4)
+    model.hidden, model.out = gb.Dense(64, 16, "tanh"), gb.Dense(16, 10)
+    model.initialize(1)
+    fresh = gb.Trainer(copy.deepcopy(model), optimizer=gb.LBFGS(), precision="float64", seed=0)
+    for t in (trainer, fresh):
+        t.fit(x[:200], y[:200], epochs=2, shuffle=False)
+    for key, value in model.state_dict().items():
+        np.testing.assert_array_equal(value, fresh.model.state_dict()[key])
+
+
 @pytest.mark.parametrize("layer", [gb.Dropout(0.5), gb.InputNoise(0.1)], ids=repr)
 def test_losses_that_are_drawn_anew_cannot_be_compared(layer):
     x, y, _ = line()
