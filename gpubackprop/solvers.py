@@ -42,7 +42,7 @@ class Strength:
     alpha: float
 
     def __call__(self, rows: float) -> float:
-        return self.alpha / rows if rows else 0.0
+        return self.alpha / rows
 
 
 def _trainer(e: Any, optimizer: Optimizer, random: np.random.RandomState) -> Trainer:
@@ -192,7 +192,8 @@ class Watch:
             self.rate.value = e.learning_rate_init / (e.t_ + 1) ** e.power_t
         if e._no_improvement_count > e.n_iter_no_change:
             self.stopped = self._stops()
-            e._no_improvement_count *= self.stopped
+            if not self.stopped:  # but goes on at a lower rate
+                e._no_improvement_count = 0
         return self.stopped
 
     def _improved(self, trainer: Trainer) -> bool:
