@@ -98,7 +98,7 @@ from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
 if TYPE_CHECKING:
-    from gpubackprop import schedules
+    from gpubackprop import lab, schedules
     from gpubackprop.diagnostics import explain_weight, loss_of_weights, sensitivity
     from gpubackprop.guessing import grid_points, grid_search, random_search
     from gpubackprop.nan_search import find_nan
@@ -115,7 +115,7 @@ __all__ = [
     "add", "batch_norm", "bce_with_logits", "bce_with_logits_sum", "broadcast_to", "clip", "concatenate", "cos",
     "datasets", "dense", "divide", "dropout", "exp", "explain_weight", "expm1", "find_nan", "gather", "get_backend",
     "gradcheck", "gradient_report", "grid_points", "grid_search", "half_mse", "half_sse", "hessian_vector_product",
-    "initializers", "layer_norm", "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax",
+    "initializers", "lab", "layer_norm", "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax",
     "logsumexp", "loss_of_weights", "lr_range_test", "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum",
     "mlp", "mse", "multiply", "neg", "noise", "poisson", "poisson_sum", "power", "random_search", "register_activation",
     "relu", "reshape", "save_model", "schedules", "sensitivity", "sigmoid", "sin", "softmax", "softmax_cross_entropy",
@@ -140,9 +140,12 @@ _LATER = {
 }
 
 
+_MODULES_LATER = {"lab", "schedules"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "schedules":
-        return import_module("gpubackprop.schedules")
+    if name in _MODULES_LATER:
+        return import_module(f"gpubackprop.{name}")
     if name in _LATER:
         return getattr(import_module(f"gpubackprop.{_LATER[name]}"), name)
     raise AttributeError(f"module 'gpubackprop' has no attribute {name!r}")

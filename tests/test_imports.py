@@ -28,7 +28,7 @@ LEVELS = [
     {"room", "callbacks", "lbfgs", "row_weights"},
     {"trainer"},
     {"range_test", "guessing", "diagnostics"},
-    {"nan_search", "report"},
+    {"nan_search", "report", "lab"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline", "solvers"},
     {"perceptron"},
@@ -70,6 +70,11 @@ def test_one_module_imports_cupy():
     pattern = re.compile(r"^\s*(?:import|from) (?:cupy|cupyx|cupy_backends)\b", re.MULTILINE)
     found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if pattern.search(p.read_text())}
     assert found == {str(Path("backends", "cupy.py"))}
+
+
+def test_nothing_imports_the_laboratory():
+    others = [p for p in PACKAGE.rglob("*.py") if "lab" not in p.relative_to(PACKAGE).parts]
+    assert [p for p in others if "lab" in imported(p)] == []
 
 
 def run_python(code: str) -> str:

@@ -1,0 +1,194 @@
+"""The engines: each takes a subject and gives its gradient, counting the work that it does."""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends import get_backend
+from gpubackprop.lab.subjects import Edge, NetworkAt, Node, Subject
+from gpubackprop.plan import Plan
+
+__all__ = ["ENGINES", "OF_NETWORKS", "Gradient", "Settings", "duration"]
+
+Floats = npt.NDArray[np.float64]
+Work = dict[str, int]
+
+
+@dataclass(eq=False)
+class Gradient:
+    """What an engine found: the gradient by the name of each leaf, with the work that it took.
+
+    Engines that go from unit to unit also give delta_pre = ∂L/∂a and delta_post = ∂L/∂h, (rows, units) by layer.
+    """
+
+    value: float  # of the output or loss
+    gradients: dict[str, Floats]
+    work: Work
+    seconds: float = math.nan  # of one gradient; what recording a plan takes is left out
+    delta_pre: dict[str, Floats] = field(default_factory=dict)
+    delta_post: dict[str, Floats] = field(default_factory=dict)
+    engine: str = ""
+
+    @property
+    def flat(self) -> Floats:
+        """All of the gradient, one after another."""
+        return np.concatenate([g.ravel() for g in self.gradients.values()])
+
+    def error(self, other: "Gradient") -> float:
+        """max |g − other g| / max |other g|."""
+        largest = float(np.abs(other.flat).max())
+        return float(np.abs(self.flat - other.flat).max()) / (largest or 1.0)
+
+    def in_words(self) -> tuple[str, str]:
+        """The work, and the gradient: itself if it is one number, else its norm."""
+        work = ", ".join(f"{n:,} {what.removesuffix('s') if n == 1 else what}" for what, n in self.work.items())
+        return work, f"{self.flat[0] if self.flat.size == 1 else np.linalg.norm(self.flat):.12g}"
+
+    def __str__(self) -> str:
+        work, size = self.in_words()
+        return f"{self.engine}: {size} by {work} in {duration(self.seconds)}"
+
+
+def duration(seconds: float) -> str:
+    """With its unit, to three digits."""
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    return f"{scale * seconds:.3g} {unit}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of an engine."""
+
+    eps: float
+    cap: int
+    cotangent: float
+
+
+def _plan(at: Subject, settings: Settings) -> Gradient:
+    plan = Plan(get_backend("cpu"))
+    with plan.record("forward"):
+        y = at.output()
+    with plan.record("backward"):
+        if y.requires_grad:
+            y.backward(np.full(y.shape, settings.cotangent))
+    start = time.perf_counter()
+    plan.replay()
+    seconds = time.perf_counter() - start
+    found = {k: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for k, p in at.leaves.items()}
+    work = {"forward": 1, "backward": 1, "launches": len(plan.launches), "flops": plan.flops}
+    return Gradient(y.item(), found, work, seconds)
+
+
+def _differences(at: Subject, settings: Settings, *, central: bool) -> Gradient:
+    """(L(w + eps) − L(w)) / eps, or centred on w, by replaying the forward pass with one weight moved."""
+    plan = Plan(get_backend("cpu"))
+    with plan.record("forward"):
+        y = at.output()
+    replay, calls, eps = plan.sequence("forward"), count(), settings.eps
+
+    def loss() -> float:
+        next(calls)
+        replay()
+        return float(y.data.reshape(()))
+
+    found, value, start = dict[str, Floats](), y.item(), time.perf_counter()
+    here = 0.0 if central else loss()  # once for all weights
+    for name, p in at.leaves.items():
+        w, slopes = p.data.reshape(-1), np.empty(p.size)
+        for k, kept in enumerate(w.tolist()):
+            w[k] = kept + eps
+            above = loss()
+            w[k] = kept - eps
+            slopes[k] = (above - loss()) / (2 * eps) if central else (above - here) / eps
+            w[k] = kept
+        found[name] = settings.cotangent * slopes.reshape(p.shape)
+    return Gradient(value, found, {"loss calls": next(calls)}, time.perf_counter() - start)
+
+
+def _unrolled(at: Subject, settings: Settings, *, variables: str, sums: "Sums") -> Gradient:
+    """S = ∂L/∂node of every source, and of the units as far as `sums` gives them."""
+    value, start = at.output().item(), time.perf_counter()
+    edges, sources = list(at.edges(variables)), list(at.sources())
+    s, work = sums(edges, [node for _, _, node in sources], settings)
+    found = {name: np.zeros(p.shape) for name, p in at.leaves.items()}
+    for name, k, node in sources:
+        found[name].reshape(-1)[k] = s.get(node, 0.0)
+    result = Gradient(value, found, work, time.perf_counter() - start)
+    for layer in at.layers:
+        for kind, deltas in (("pre", result.delta_pre), ("post", result.delta_post)):
+            units = [s[kind, layer.path, *unit] for unit in np.ndindex(layer.h.shape) if (kind, layer.path, *unit) in s]
+            if units:
+                deltas[layer.path] = np.array(units).reshape(layer.h.shape)
+    return result
+
+
+def _swept(edges: list[Edge], sources: list[Node], settings: Settings) -> tuple[dict[Node, float], Work]:
+    """S(i) = Σ over (i, j) of z(i, j) · S(j), from the output backwards, each edge once."""
+    s = defaultdict[Node, float](float, {edges[-1][1]: settings.cotangent})
+    for tail, head, z in reversed(edges):
+        s[tail] += s[head] * z
+    return s, {"edge visits": len(edges)}
+
+
+def _along_paths(edges: list[Edge], sources: list[Node], settings: Settings) -> tuple[dict[Node, float], Work]:
+    """S(w) = Σ over the paths P from w to the output of Π over the edges of P of z, each path by itself."""
+    output = edges[-1][1]
+    paths, ahead = defaultdict[Node, int](int, {output: 1}), defaultdict[Node, list[tuple[Node, float]]](list)
+    for tail, head, z in reversed(edges):
+        paths[tail] += paths[head]
+        ahead[tail].append((head, z))
+    if (total := sum(paths[node] for node in sources)) > settings.cap:
+        many = f"{total:,}" if total < 10**30 else f"about 1e{math.log10(total):.0f}"
+        raise ValueError(f"gradients: there are {many} paths, more than cap={settings.cap:,}; "
+                         f"engine='dynamic_programming' visits {len(edges):,} edges instead")  # fmt: skip
+    s, products = dict[Node, float](), 0
+    for source in sources:
+        s[source] = 0.0
+        unfinished: list[tuple[Node, tuple[float, ...]]] = [(source, ())]
+        while unfinished:
+            node, factors = unfinished.pop()
+            if node == output:
+                s[source] += math.prod(factors, start=settings.cotangent)
+                products += len(factors)
+            else:
+                unfinished += [(head, (*factors, z)) for head, z in ahead[node] if paths[head]]  # no dead ends
+    return s, {"paths": total, "products": products}
+
+
+def _matrix(at: Subject, settings: Settings) -> Gradient:
+    """Δ = f′(A) ⊙ dH, dW = Zᵀ Δ, dB the sums of Δ over the rows, dH of the layer before = Δ Wᵀ."""
+    assert isinstance(at, NetworkAt)
+    value, start = at.output().item(), time.perf_counter()
+    layers, found = at.layers, dict[object, Floats]()
+    dh = settings.cotangent * at.output_gradient(layers[-1].h)
+    deltas, dhs = dict[str, Floats](), dict[str, Floats]()
+    for layer in reversed(layers):
+        dhs[layer.path], delta = dh, layer.slope * dh
+        deltas[layer.path] = delta
+        for p, gradient in ((layer.weight, (layer.x.T @ delta) * layer.edges), (layer.bias, delta.sum(0))):
+            found[p] = found.get(p, 0.0) + gradient  # a layer that stands in several places
+        dh = delta @ layer.w.T
+    seconds = time.perf_counter() - start
+    work = {"forward": 1, "backward": 1, "matrix products": 3 * len(layers)}
+    return Gradient(value, {name: found[p] for name, p in at.leaves.items()}, work, seconds, deltas, dhs)
+
+
+Sums = Callable[[list[Edge], list[Node], Settings], tuple[dict[Node, float], Work]]
+ENGINES: dict[str, Callable[[Subject, Settings], Gradient]] = {
+    "plan": _plan,
+    "finite_difference": partial(_differences, central=False),
+    "central": partial(_differences, central=True),
+    "paths": partial(_unrolled, variables="mixed", sums=_along_paths),
+    "dynamic_programming": partial(_unrolled, variables="mixed", sums=_swept),
+    "post_activation": partial(_unrolled, variables="post", sums=_swept),
+    "pre_activation": partial(_unrolled, variables="pre", sums=_swept),
+    "matrix": _matrix,
+}
+OF_NETWORKS = ("post_activation", "pre_activation", "matrix")  # what has units
