@@ -18,7 +18,7 @@ from .cuda import ARCHITECTURES, CompileError
 from .inventory import inventory
 from .ledger import COLUMNS, PATH, Ledger, Measured, measured, tools, value_for, violations
 from .plot import plot as pictures
-from .report import columns_of, compared, duration, read, scaling, table, write
+from .report import circumstances, columns_of, compared, duration, hardware, read, scaling, table, write
 from .rounds import Figures, contenders, disagreement, measure
 
 
@@ -68,6 +68,7 @@ def run(
         raise click.UsageError(str(error)) from None
     figures: list[Figures] = []
     wrong: list[str] = []
+    click.echo(f"{hardware(circumstances())}\n")
     try:
         for case in cases:
             found = measure(case, among, repeats, smoke=smoke)

@@ -13,13 +13,25 @@ import numpy as np
 
 import gpubackprop as gb
 from gpubackprop.backends.native import cores, library, why_not_native
+from gpubackprop.installation import nvidia_driver
 
 from .cases import CASES, Scaling
 from .measure import median_and_spread
 from .peers.gpubackprop import resident
 from .rounds import Figures
 
-__all__ = ["along", "circumstances", "columns_of", "compared", "duration", "read", "scaling", "table", "write"]
+__all__ = [
+    "along",
+    "circumstances",
+    "columns_of",
+    "compared",
+    "duration",
+    "hardware",
+    "read",
+    "scaling",
+    "table",
+    "write",
+]
 
 
 AXES = {"batch": ("row", 1), "width": ("unit²", 2), "depth": ("layer", 1), "samples": ("sample", 1)}
@@ -125,9 +137,15 @@ def circumstances() -> dict[str, Any]:
     return {
         "gpubackprop": gb.__version__, "commit": commit, "numpy": np.__version__, "python": platform.python_version(),
         "cpu kernels": why_not_native() or f"{library().instructions}, {cores()} cores",
-        "machine": f"{_processor()}, {os.cpu_count()} cores", "blas": blas,
+        "machine": f"{_processor()}, {os.cpu_count()} cores", "gpu": str(nvidia_driver() or "no NVIDIA driver"),
+        "blas": blas,
         "date": datetime.now(UTC).isoformat("T", "seconds"),
     }  # fmt: skip
+
+
+def hardware(about: dict[str, Any]) -> str:
+    """What figures were taken on, in a line to stand over their tables."""
+    return f"{about['machine']}; {about['gpu']}; CPU kernels: {about['cpu kernels']}; NumPy {about['numpy']}"
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
 """The benchmark suite at tiny sizes: it runs, its contenders compute the same, and what it prints and stores holds."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +18,9 @@ from benchmarks.breakeven import cells
 from benchmarks.cases import CASES, GROUPS, Case, chosen
 from benchmarks.measure import median_and_spread, timed
 from benchmarks.peers import PEERS, Prepared, prepare
-from benchmarks.report import compared, duration, read, scaling, table, write
+from benchmarks.report import circumstances, compared, duration, read, scaling, table, write
 from benchmarks.rounds import Contender, Figures, contenders, disagreement, measure
+from gpubackprop.backends import why_not_cuda
 
 TRAIN = "train 64-64-64-10 (32)"
 
@@ -90,6 +92,32 @@ def test_contenders_are_chosen_by_name_and_variant():
     for wrong in ("torhc", "torch:jit", "gpubackprop"):
         with pytest.raises(ValueError, match=f"no peer '{wrong}'; choose from numpy, torch, torch:eager"):
             contenders([wrong], ["cpu"])
+
+
+# ---- row 48: both backends, and on what -----------------------------------------------------------------------------
+
+
+def test_seed_48_both_backends_compute_the_same_step(cuda):
+    """What is timed on NumPy's arrays and on CUDA's agrees, step by step; without a GPU CUDA is emulated."""
+    small, found = CASES[TRAIN].smoke(), []
+    for device in ("cpu", "cpu:reference", "cuda"):
+        check = prepare("gpubackprop", device, small).check()
+        assert len(check) == 2 and check[1] < check[0]
+        found.append(Figures(small.name, small.group, small.unit, device, 0, 0, check=check))
+    assert list(disagreement(small, found)) == []
+
+
+def test_seed_48_the_speed_table_says_what_it_was_taken_on():
+    """One table with a row for each backend, under the processor and GPU; `gpu` tests add "cuda"."""
+    backends = ["cpu", "cpu:reference"] + ["cuda"] * (why_not_cuda() is None)
+    asked = [argument for device in backends for argument in ("--backend", device)]
+    done = command("run", "--smoke", "--repeats", "2", "--case", TRAIN, "--peers", "none", *asked)
+    assert done.exit_code == 0, done.output
+    first, _, _, *rows = done.output.splitlines()
+    about = circumstances()
+    assert about["machine"] in first and about["gpu"] in first and first.split("; ")[0].endswith(" cores")
+    assert [row.split("  ")[0] for row in rows[: len(backends)]] == [f"gpubackprop {device}" for device in backends]
+    assert all(re.search(r" [µm]?s  ", row) for row in rows[: len(backends)])
 
 
 # ---- rounds --------------------------------------------------------------------------------------------------------
