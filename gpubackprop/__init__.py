@@ -102,6 +102,7 @@ if TYPE_CHECKING:
     from gpubackprop.diagnostics import explain_weight, loss_of_weights, sensitivity
     from gpubackprop.guessing import grid_points, grid_search, random_search
     from gpubackprop.nan_search import find_nan
+    from gpubackprop.pruning import prune, rewind, shrink
     from gpubackprop.range_test import lr_range_test
     from gpubackprop.report import gradient_report
     from gpubackprop.scaling import layer_stats, lsuv
@@ -117,10 +118,10 @@ __all__ = [
     "gradcheck", "gradient_report", "grid_points", "grid_search", "half_mse", "half_sse", "hessian_vector_product",
     "initializers", "lab", "layer_norm", "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax",
     "logsumexp", "loss_of_weights", "lr_range_test", "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum",
-    "mlp", "mse", "multiply", "neg", "noise", "poisson", "poisson_sum", "power", "random_search", "register_activation",
-    "relu", "reshape", "save_model", "schedules", "sensitivity", "sigmoid", "sin", "softmax", "softmax_cross_entropy",
-    "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor", "training", "transpose", "value_and_grad",
-    "where",
+    "mlp", "mse", "multiply", "neg", "noise", "poisson", "poisson_sum", "power", "prune", "random_search",
+    "register_activation", "relu", "reshape", "rewind", "save_model", "schedules", "sensitivity", "shrink", "sigmoid",
+    "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
+    "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip
 
 
@@ -135,8 +136,11 @@ _LATER = {
     "loss_of_weights": "diagnostics",
     "lr_range_test": "range_test",
     "lsuv": "scaling",
+    "prune": "pruning",
     "random_search": "guessing",
+    "rewind": "pruning",
     "sensitivity": "diagnostics",
+    "shrink": "pruning",
 }
 
 

@@ -2,15 +2,17 @@
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.formulas import ACTIVATIONS, Activation, register_activation
+from gpubackprop.layers import Dense
 from gpubackprop.model import CLASSES, Layer, check_model
 
 __all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write_file"]
@@ -61,7 +63,7 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
         raise TypeError(f"save_model: extra cannot be written as JSON ({error}); use numbers, text and lists") from None
-    made = _shapes(_build(json.loads(text)["architecture"], []))
+    made = _shapes(_masked(_build(json.loads(text)["architecture"], []), state))
     if difference := _difference({k: a.shape for k, a in state.items()}, made):
         remedy = "a file holds what constructors are given, so add layers and parameters there"
         raise ValueError(f"save_model: the model has {difference} when made anew; {remedy}")
@@ -78,7 +80,7 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
     backend = get_backend(device)
     where = f"load_model: {os.fspath(path)}"
     with _opened(path, where) as (header, file):
-        model = _model(header, where)
+        model = _masked(_model(header, where), file.keys())
         stored = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (no mapping)
         if difference := _difference(stored, _shapes(model)):
             raise ValueError(f"{where}: it has {difference} in the model it describes; a layer's class has changed")
@@ -158,6 +160,20 @@ def _model(header: dict[str, Any], where: str) -> Layer:
         model.dtype = dtype
     if head is not None:
         model.output_kind = head
+    return model
+
+
+def _masked(model: Layer, keys: Collection[str]) -> Layer:
+    """The model with masks where there are arrays for them: what makes a layer need not know that it was pruned."""
+    layers: dict[Parameter, dict[str, Dense]] = {}
+    for path, layer in model.named_layers():
+        if isinstance(layer, Dense):
+            layers.setdefault(layer.weight, {})[f"{path}.mask" if path else "mask"] = layer
+    for weight, same in layers.items():
+        if all(layer.mask is None for layer in same.values()) and any(key in keys for key in same):
+            mask = Parameter(weight.shape, "ones", trainable=False)
+            for layer in same.values():
+                layer.mask = mask
     return model
 
 

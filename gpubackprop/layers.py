@@ -76,6 +76,15 @@ class Dense(Layer):
             self.weight.backend.write(self.weight.data, np.where(self.mask.numpy() == 0, 0, self.weight.numpy()))
 
 
+def edges(model: Layer) -> dict[Parameter, npt.NDArray[np.bool_]]:
+    """Where there is an edge, for each weight of a Dense layer that has a mask."""
+    found: dict[Parameter, npt.NDArray[np.bool_]] = {}
+    for _, layer in model.named_layers():
+        if isinstance(layer, Dense) and layer.mask is not None:
+            found[layer.weight] = (layer.mask.numpy() != 0) & found.get(layer.weight, np.True_)
+    return found
+
+
 def _edges(mask: Any, shape: tuple[int, ...]) -> Any:
     """The mask as an initial value; text is an initializer's name, as a saved model has it."""
     if isinstance(mask, str):

@@ -1,14 +1,14 @@
 """LBFGS: a step whose direction and length are found on the host, from whole-batch losses and gradients."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.arena import Arena
+from gpubackprop.arena import Arena, Parameter
 from gpubackprop.moments import HostMoments, Moments
 from gpubackprop.optimizers import LBFGS
 from gpubackprop.plan import Plan
@@ -54,6 +54,12 @@ class Curvature(Moments):
         if all({key: v.shape for key, v in values.items()} == shapes for values in moments.values()):
             found = {name: self._vector(values) for name, values in moments.items()}
             self.pairs = [(found[f"s{i}"], found[f"y{i}"]) for i in range(len(found) // 2)]
+
+    def hold(self, edges: Mapping[Parameter, npt.NDArray[np.bool_]]) -> None:
+        """Forget the pairs if a weight that moved has no edge now: what is left of one may have negative curvature."""
+        for key, p in self.arena.parameters.items():
+            if p in edges and any(self._named(v)[key][~edges[p]].any() for pair in self.pairs for v in pair):
+                self.pairs = []
 
     def _named(self, vector: Vector) -> dict[str, Vector]:
         return {key: self.arena.slice(vector[None], key) for key in self.arena.parameters}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.arena import Arena
+from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends.base import CONTROL, Buffer, StepTable
 from gpubackprop.formulas import Expr, describe, evaluate, free_names, hoist
 from gpubackprop.optimizers import Optimizer
@@ -108,6 +108,15 @@ class Moments:
             for key in values.keys() & arena.parameters.keys():
                 if values[key].shape == arena.parameters[key].shape:
                     arena.backend.write(arena.slice(self.moments[m], key), values[key])
+
+    def hold(self, edges: Mapping[Parameter, npt.NDArray[np.bool_]]) -> None:
+        """Zero the moments of weights that have no edge, which would move them: a mask may be younger than these."""
+        arena = self.arena
+        for key, p in arena.parameters.items():
+            if p in edges:
+                for buffer in self.moments.values():
+                    moment = arena.slice(buffer, key)
+                    arena.backend.write(moment, np.where(edges[p], arena.backend.to_numpy(moment), 0))
 
 
 # ---- columns of the step table -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from gpubackprop.callbacks import Callback, around
 from gpubackprop.checks import flag, number, whole
 from gpubackprop.data import as_features, check_same_length
 from gpubackprop.device_data import check_one_place, on_device, taken
+from gpubackprop.layers import edges
 from gpubackprop.lbfgs import Curvature, SearchStep
 from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
@@ -142,6 +143,7 @@ class Trainer:
         optimizer, arena = self._optimizer, self.model.arena
         self.state = Curvature(optimizer, arena) if isinstance(optimizer, LBFGS) else Moments(optimizer, arena)
         self.state.load(moments or {})
+        self.state.hold(edges(self.model))
         self._space = Workspace()
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self._sums: dict[tuple[int, bool], Sums] = {}
@@ -242,8 +244,7 @@ class Trainer:
                 f"fit: the model is {self.model.dtype} since another Trainer took it over, but this one trains in "
                 f"{self.precision.name}; make a new Trainer"
             )
-        if self.model.arena is not self.state.arena:  # the model moved, grew, or was made part of another one
-            self._prepare(self.model.backend.device, self.state.host(), self._control())
+        self._follow()
         x, y, w = self._data(x, y, "fit", sample_weight, class_weight)
         held_out = None
         if validation_data is not None:
@@ -256,6 +257,13 @@ class Trainer:
             failed = DeviceMemoryError(error.nbytes, error.free, error.total)
         self._steps.clear()
         raise explained(failed, self, x, y, w, batch_size) from None
+
+    def _follow(self) -> None:
+        """Go on where the model is now: it may have moved, grown, become part of another one, or been given masks."""
+        if self.model.arena is not self.state.arena:
+            self._prepare(self.model.backend.device, self.state.host(), self._control())
+        else:
+            self.state.hold(edges(self.model))
 
     def _fit(
         self, x: Buffer, y: Array, w: Array | None, epochs: int, batch_size: int,
@@ -466,6 +474,8 @@ class Trainer:
         It is fed from a stand-in of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
         """
         whole("plan", "batch_size", batch_size)
+        if not self._fitting:
+            self._follow()
         columns = self.model.inputs
         if columns is None:
             raise ValueError("plan: the model does not say how many columns it takes; give its class an `inputs`")

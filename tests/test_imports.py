@@ -24,7 +24,7 @@ LEVELS = [
     {"model"},
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
     {"moments", "penalty"},
-    {"step", "progress", "checkpoint", "scaling"},
+    {"step", "progress", "checkpoint", "scaling", "pruning"},
     {"room", "callbacks", "lbfgs", "row_weights"},
     {"trainer"},
     {"range_test", "guessing", "diagnostics"},

@@ -1,0 +1,317 @@
+"""Fewer weights: the smallest taken out under masks, put back to earlier values, units that do nothing removed."""
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop import ops
+from gpubackprop.arena import Parameter
+from gpubackprop.backends import get_backend
+from gpubackprop.backprop import backward
+from gpubackprop.checks import choice, number
+from gpubackprop.columns import Columns
+from gpubackprop.data import as_features
+from gpubackprop.fused import activation_row
+from gpubackprop.layers import Activation, Concatenate, Dense, Dropout, InputNoise, Residual, Sequential, edges
+from gpubackprop.model import Layer, Mode, check_model, mode, training
+from gpubackprop.plan import Plan, empty
+from gpubackprop.scaling import showing
+from gpubackprop.tensor import Tensor
+
+__all__ = ["prune", "rewind", "shrink"]
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Sites = dict[Parameter, dict[Dense, str]]  # the Dense layers, with their paths, that have the weight
+ELEMENTWISE = (Activation, Dropout, InputNoise)
+
+
+# ---- single weights ------------------------------------------------------------------------------------------------
+
+
+def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
+    """Take out the smallest |w| until round(sparsity · weights) have no edge, by masks of the Dense layers, in place.
+
+    Weights are those of all Dense layers but frozen ones (requires_grad=False), which stay; biases do not count. With
+    scope="layer" each layer comes to that sparsity by itself. Ties go by position. What has no edge already, pruned or
+    under a mask of yours, counts as pruned: sparsity only rises. A pruned weight is exactly 0 and stays so in training,
+    also by a Trainer that trained before; a mask is saved with the model. Weights that were never drawn are drawn as
+    when the model is called, and a Trainer keeps them. A weight that layers share counts once.
+
+    Columns: layer (its path), weights, left, sparsity; `print` shows a table.
+
+    >>> from gpubackprop.layers import mlp
+    >>> print(prune(mlp([64, 32, 10]).initialize(0), 0.9, scope="layer"))
+    layer  weights  left  sparsity
+    0        2,048   205    0.8999
+    1          320    32       0.9
+    """
+    check_model(model, "prune")
+    sparsity = number("prune", "sparsity", sparsity, "in [0, 1)")
+    choice("prune", "scope", scope, ("global", "layer"))
+    device, sites, known = model.backend.device, _sites(model), edges(model)
+    names = {p: key for key, p in model.named_parameters().items()}
+    sizes = {w: _magnitudes(w, known.get(w), names[w]) for w in sites}
+    if scope == "global":
+        gone = _smallest(np.concatenate(list(sizes.values())), sparsity, "prune")
+        parts = np.split(gone, np.cumsum([m.size for m in sizes.values()])[:-1])
+    else:
+        parts = [_smallest(m, sparsity, f"prune: {names[w]!r}") for w, m in sizes.items()]
+    left = {w: ~part.reshape(w.shape) for w, part in zip(sites, parts, strict=True)}
+    kept = {layer: (layer.mask, layer.arguments) for layers in sites.values() for layer in layers}
+    values = {w: w.numpy() for w in sites}
+    try:
+        for w, layers in sites.items():
+            if w in known or not left[w].all():  # a mask of ones would cost a launch
+                mask = Parameter(w.shape, left[w].astype(np.float64), trainable=False)
+                for layer in layers:
+                    layer.mask = mask
+                    _argue(layer, mask=left[w])
+        model._lay_out(device)  # anew, so that trainers see that what they keep is of before
+        _check_held(model, sites)
+    except Exception:
+        for layer, before in kept.items():
+            layer.mask, layer.arguments = before
+        model._lay_out(device)
+        for w, value in values.items():
+            w.backend.write(w.data, value)
+        raise
+    for p in model.named_parameters().values():
+        p.settled = True
+    rows = Columns(layer=[], weights=[], left=[], sparsity=[])
+    for w, layers in sites.items():
+        n = int(np.count_nonzero(left[w]))
+        rows.add(layer=next(iter(layers.values())), weights=left[w].size, left=n, sparsity=1 - n / left[w].size)
+    return rows
+
+
+def rewind(model: Layer, state: Mapping[str, Any]) -> None:
+    """Write an earlier `state_dict` into the model, in place, but keep its masks: pruned weights stay 0.
+
+    It may be of before pruning, without masks. What is left after pruning, with the values that training began from, is
+    a lottery ticket (Frankle & Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks");
+    train it with a new Trainer, whose moments are new too.
+    """
+    check_model(model, "rewind")
+    if isinstance(state, Mapping):
+        masks = {layer.mask for _, layer in model.named_layers() if isinstance(layer, Dense)}
+        state = {**state, **{key: p.numpy() for key, p in model.named_parameters().items() if p in masks}}
+    model.load_state_dict(state)
+
+
+def _sites(model: Layer) -> Sites:
+    found: Sites = {}
+    for path, layer in model.named_layers():
+        if isinstance(layer, Dense) and layer.weight.stepped:
+            found.setdefault(layer.weight, {}).setdefault(layer, path)
+    if not found:
+        raise ValueError("prune: the model has no weights of Dense layers that are trained; unfreeze some, or add one")
+    return found
+
+
+def _magnitudes(w: Parameter, edges: Bools | None, key: str) -> Array:
+    """|w| in one row, −1 where there is no edge."""
+    values = np.abs(w.numpy())
+    if bad := np.count_nonzero(np.isnan(values)):
+        remedy = "load weights of before; gb.find_nan names the launch that makes them"
+        raise ValueError(f"prune: {key!r} has {bad:,} NaN, expected numbers, which have an order; {remedy}")
+    return (values if edges is None else np.where(edges, values, -1)).ravel()
+
+
+def _smallest(magnitudes: Array, sparsity: float, where: str) -> Bools:
+    """Where the round(sparsity · size) smallest are, of equal ones the first."""
+    n, before = magnitudes.size, int(np.count_nonzero(magnitudes < 0))
+    wanted = round(sparsity * n)
+    if wanted < before:
+        raise ValueError(f"{where}: sparsity {sparsity:g} asked for, but {before / n} of the weights are pruned "
+                         "already; ask for no less, or prune a copy of before")  # fmt: skip
+    smallest = np.zeros(n, np.bool_)
+    smallest[np.argsort(magnitudes, kind="stable")[:wanted]] = True
+    return smallest
+
+
+def _argue(layer: Layer, **changed: Any) -> None:
+    """Change arguments that the layer is made with, as far as its class has them."""
+    arguments, keywords = list(layer.arguments[0]), dict(layer.arguments[1])
+    names = list(inspect.signature(type(layer).__init__).parameters)[1:]
+    for name, value in changed.items():
+        if name in names[: len(arguments)]:
+            arguments[names.index(name)] = value
+        elif name in names:
+            keywords[name] = value
+    layer.arguments = tuple(arguments), keywords
+
+
+def _check_held(model: Layer, sites: Sites) -> None:
+    """Raise if a layer of the user's writes into the gradient of a pruned weight after its mask: it would grow back."""
+    if all(type(layer).__module__.startswith("gpubackprop.") for _, layer in model.named_layers()):
+        return
+    if model.inputs is None:
+        raise ValueError("prune: the model does not say how many columns it takes; give its class an `inputs`")
+    kept = {p: p.grad_data for p in model.named_parameters().values()}
+    plan, x = Plan(model.backend, dry=True), empty(model.backend, (2, model.inputs), model.arena.dtype)
+    try:
+        with plan.record("gradient"), training():
+            y = model(Tensor(x, model.backend))
+            leaves = backward(y, empty(model.backend, y.shape, y.dtype)) if y.requires_grad else set()
+        for w, layers in sites.items():
+            writers = [k.name for k in plan.launches if any(out is w.grad_data for out in k.writes)]
+            layer, path = next(iter(layers.items()))
+            if w in leaves and layer.mask is not None and writers[-1:] != ["mask"]:
+                raise ValueError(f"prune: pruned weights of layer {path or type(layer).__name__!r} would grow back, "
+                                 "because its mask is not the last to write their gradient; pass it on wherever the "
+                                 "weight is used: gb.dense(…, mask=self.mask)")  # fmt: skip
+    finally:
+        for p, gradient in kept.items():
+            p.grad_data = gradient
+
+
+# ---- whole units ---------------------------------------------------------------------------------------------------
+
+
+def shrink(model: Layer, x: Any = None) -> Layer:
+    """A smaller model with the same outputs in inference, but for rounding: without the hidden units that do nothing.
+
+    A unit between two Dense layers goes if no weight leads out of it (all are 0), or none into it: then it is a
+    constant, f(b), and becomes part of the next layer's bias. With x also if it is the same number in all rows of x, 0
+    for a dead relu: outputs are then the same for rows in which it is that number, and no others. What does nothing
+    after that goes too; one unit of each layer stays.
+
+    Between the two there may be Activation, Dropout and InputNoise; the layers may lie in Sequentials, and these in
+    Residual and Concatenate. Other units stay, as beside BatchNorm, in layers of your own, and in what is shared. The
+    model itself is left as it is; dropout draws otherwise in the smaller one.
+    """
+    check_model(model, "shrink")
+    device = model.backend.device  # which draws what has no value yet
+    rows = None if x is None else as_features(x, model.dtype, model.inputs, "shrink")
+    if rows is not None and len(rows) < 2:
+        raise ValueError(f"shrink: x has {len(rows)} rows, expected two or more; in one row every unit is constant")
+    smaller = copy.deepcopy(model)
+    smaller._lay_out(device)
+    while _shrink_once(smaller, {} if rows is None else _constants(smaller, rows)):
+        smaller._lay_out(device)
+    return smaller
+
+
+def _shrink_once(model: Layer, constants: Mapping[Layer, Floats]) -> bool:
+    """Whether any unit went."""
+    layers = Counter(layer for _, layer in model.named_layers())
+    uses = Counter(p for layer in layers for _, p in layer._members() if isinstance(p, Parameter))
+
+    def alone(layer: Layer) -> bool:
+        return layers[layer] == 1 and all(uses[p] == 1 for p in layer.named_parameters().values())
+
+    found = False
+    for chain in _chains(model):
+        head: Dense | None = None
+        between: list[Layer] = []
+        for layer in chain:
+            if type(layer) is Dense and alone(layer):
+                found |= head is not None and _join(head, between, layer, constants.get(layer))
+                head, between = layer, []
+            elif type(layer) in ELEMENTWISE:
+                between.append(layer)
+            else:
+                head = None
+    return found
+
+
+def _chains(layer: Layer) -> Iterator[list[Layer]]:
+    """The layers that are called one after another, each on the output of the one before."""
+    if type(layer) is Concatenate:
+        for branch in layer.layers:
+            yield from _chains(branch)
+    elif type(layer) in (Sequential, Residual):
+        chain = list(_flat(layer))
+        yield chain
+        for inner in chain:
+            yield from _chains(inner)
+
+
+def _flat(layer: Layer) -> Iterator[Layer]:
+    for inner in layer.children().values():
+        if type(inner) is Sequential:
+            yield from _flat(inner)
+        else:
+            yield inner
+
+
+def _constants(model: Layer, rows: Array) -> dict[Layer, Floats]:
+    """What goes into each Dense layer from columns that are the same number in all rows, NaN from others."""
+    found: dict[Layer, Floats] = {}
+
+    def look(layer: Layer, x: Tensor, y: Tensor) -> None:
+        if isinstance(layer, Dense):
+            values = x.numpy().astype(np.float64)
+            found[layer] = np.where((values == values[0]).all(0), values[0], np.nan)
+
+    with mode(Mode()), showing(look):
+        model(rows)
+    return found
+
+
+def _join(head: Dense, between: list[Layer], tail: Dense, constants: Floats | None) -> bool:
+    """Remove units of the head that the tail can do without; whether there are any."""
+    w, v = _value(head.weight), _value(tail.weight)
+    still, read = ~w.any(0), v.any(1)
+    value = np.where(still, _outputs(head, between), np.nan if constants is None else constants)
+    gone = ~read | np.isfinite(value)
+    folded = gone & read
+    if gone.all():
+        gone[0] = False  # it stays, but nothing leads out of it
+    if not (gone | folded).any():
+        return False
+    _cut(head, np.ones(len(w), np.bool_), ~gone)
+    _cut(tail, ~gone, np.ones(v.shape[1], np.bool_), value[folded] @ v[folded])
+    if tail.weight.value is not None:
+        tail.weight.value[folded[~gone]] = 0
+    return True
+
+
+def _value(p: Parameter | None) -> Floats:
+    value = None if p is None else p.host_value()
+    return np.asarray(0 if value is None else value, np.float64)
+
+
+def _outputs(head: Dense, between: list[Layer]) -> Floats:
+    """What the units give where nothing goes in, in float64."""
+    b = np.zeros((1, head.weight.shape[1])) + _value(head.bias)
+    y = ops.unary(Tensor(b, get_backend("cpu")), activation_row(head.activation))
+    for layer in between:
+        y = ops.unary(y, layer.row) if isinstance(layer, Activation) else y
+    return y.numpy().reshape(-1)
+
+
+def _cut(layer: Dense, inputs: Bools, units: Bools, shift: Floats | None = None) -> None:
+    """Leave these inputs and units of the layer, and add the shift to its bias."""
+    edges = np.ix_(inputs, units)
+    weight, bias, mask = layer.weight, layer.bias, layer.mask
+    if bias is None and shift is not None and shift.any():
+        bias = Parameter((len(units),))
+        bias.settled, bias.requires_grad = weight.settled, weight.requires_grad
+        _argue(layer, bias=True)
+    layer.inputs = int(inputs.sum())
+    layer.weight = _part(weight, edges, _value(weight))
+    layer.bias = None if bias is None else _part(bias, (units,), _value(bias) + (0 if shift is None else shift))
+    layer.mask = None if mask is None else _part(mask, edges, _value(mask))
+    given = {"init": layer.weight, "bias_init": layer.bias, "mask": layer.mask}
+    arrays = {k: p.init for k, p in given.items() if p is not None and _is_array(p.init)}
+    _argue(layer, inputs=layer.inputs, units=int(units.sum()), **arrays)
+
+
+def _part(p: Parameter, index: Any, value: Floats) -> Parameter:
+    """Those elements of the parameter as one of its own, and of its initial value where that is an array."""
+    init = np.broadcast_to(np.asarray(p.init), p.shape)[index] if _is_array(p.init) else p.init
+    part = Parameter(value[index].shape, init, trainable=p.trainable)
+    part.value, part.settled, part.requires_grad = value[index], p.settled, p.requires_grad
+    return part
+
+
+def _is_array(init: Any) -> bool:
+    return not callable(init) and np.ndim(init) > 0
