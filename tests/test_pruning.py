@@ -101,6 +101,9 @@ def test_ties_go_by_position():
     gb.prune(model, 0.6)
     state = weights(model)
     assert not state["0.weight"].any() and state["1.weight"].ravel().tolist() == [0, 0, -0.5, -0.5, -0.5, -0.5]
+    large = gb.Dense(30, 40, init=1.0 + np.arange(1200).reshape(30, 40) % 3).initialize(0)
+    gb.prune(large, 0.2)
+    np.testing.assert_array_equal(np.flatnonzero(weights(large)["weight"] == 0), np.arange(240) * 3)
 
 
 def test_edges_that_a_mask_leaves_out_count_as_pruned(rng):
@@ -262,9 +265,10 @@ def test_pruning_in_a_callback_is_an_error_that_says_when(data):
 @pytest.mark.parametrize("twice", [False, True])
 def test_masks_travel_with_files_copies_and_pickles(twice, data, tmp_path):
     model = network("float32")
-    model.layers[0].arguments = (6, 8, "tanh", True, None, "zeros", np.ones((6, 8))), {}  # a mask by position
+    model.layers[0].arguments = (6, 8, "tanh", True, None, "zeros", None), {}  # a mask by position
     for sparsity in (0.3, 0.6)[: 1 + twice]:
         gb.prune(model, sparsity)
+    assert "tanh, True, None, zeros, array(6, 8))" in str(model) and "mask=array(8, 3))" in str(model)
     gb.save_model(model, tmp_path / "m.safetensors")
     state = model.state_dict()
     again = [gb.load_model(tmp_path / "m.safetensors"), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
@@ -340,10 +344,10 @@ def test_masks_of_layers_that_share_a_weight_are_joined():
     first, second = (gb.Dense(2, 2, mask=m) for m in ([[0, 1], [1, 1]], [[1, 1], [1, 0]]))
     second.weight = first.weight
     model = gb.Sequential(first, second).initialize(0)
-    gb.prune(model, 0.5)
-    np.testing.assert_array_equal(first.mask.numpy(), [[0, 1], [1, 0]])
     with pytest.raises(ValueError, match=r"sparsity 0\.25 asked for, but 0\.5 of"):
         gb.prune(model, 0.25)
+    gb.prune(model, 0.5)
+    np.testing.assert_array_equal(first.mask.numpy(), [[0, 1], [1, 0]])
 
 
 def test_a_part_of_a_model_is_pruned_alone(data):
@@ -388,7 +392,7 @@ class Twins(gb.Layer):
         self.second.weight = self.first.weight
 
     def forward(self, x):
-        return self.second(self.first(x))
+        return self.first(self.second(x))
 
 
 class Tied(gb.Layer):
@@ -534,8 +538,9 @@ def test_rewinding_needs_a_model():
 
 
 def test_seed_38_a_lottery_ticket_wins_on_digits():
-    """7 of 8 weights go in three rounds; what is left learns from its first values as the whole does, and better than
-    from other values or with other edges."""
+    """7 of 8 weights go in three rounds; what is left learns from its first values almost what the whole does, and far
+    more than as many edges that were chosen before any training. (Over eight seeds: 0.94 to 0.96, 0.90 to 0.93, 0.42 to
+    0.65.)"""
     x, x_test, y, y_test = gb.split(*gb.datasets.digits(), test=0.25, seed=0)
 
     def accuracy(model):
@@ -553,8 +558,8 @@ def test_seed_38_a_lottery_ticket_wins_on_digits():
     assert sum(zeros(ticket)) == 0.875 * (64 + 10) * 48
     unlucky = gb.mlp([64, 48, 10]).initialize(0)
     gb.prune(unlucky, 0.875)  # by the first values, which say nothing
-    assert whole > 0.94 and found > whole - 0.06
-    assert found > accuracy(unlucky) + 0.05
+    assert whole > 0.92 and found > whole - 0.08
+    assert found > accuracy(unlucky) + 0.15
 
 
 # ---- whole units ---------------------------------------------------------------------------------------------------
@@ -616,6 +621,10 @@ def test_removal_goes_on_until_nothing_more_is_dead(rng):
     smaller = gb.shrink(model)
     assert sizes(smaller) == [(4, 1), (1, 1), (1, 1), (1, 2)]
     same(model, smaller, rng.normal(size=(9, 4)))
+    model = edited(gb.mlp([4, 1, 5, 2], "sigmoid", dtype="float64").initialize(0), **{"0_weight": assign(np.s_[:])})
+    smaller = gb.shrink(model)
+    assert sizes(smaller) == [(4, 1), (1, 1), (1, 2)]
+    same(model, smaller, rng.normal(size=(9, 4)))
 
 
 def test_units_that_are_constant_for_the_rows_go_too(rng):
@@ -631,8 +640,9 @@ def test_units_that_are_constant_for_the_rows_go_too(rng):
     smaller = gb.shrink(saturated, x)
     assert sizes(smaller) == [(4, 2), (2, 2)]
     same(saturated, smaller, x)
-    with gb.training():
-        assert sizes(gb.shrink(gb.mlp([4, 6, 2], dropout=0.5), x)) == [(4, 6), (6, 2)]
+    dropping = gb.Sequential(saturated.layers[0], gb.Dropout(0.5), saturated.layers[1], dtype="float64")
+    with gb.training():  # it is of inference that it speaks
+        assert sizes(gb.shrink(dropping, x)) == [(4, 2), (2, 2)]
 
 
 def test_seed_38_a_pruned_network_shrinks_to_the_same_outputs():
@@ -695,6 +705,7 @@ def test_what_layers_were_made_with_is_kept(data, tmp_path):
         copy.deepcopy(smaller),
         pickle.loads(pickle.dumps(smaller)),
     ):
+        gb.Trainer(other, seed=5)  # which keeps what was drawn
         same(model, other, data[0])
     trainer = trained(smaller, data, "adam")
     assert np.linalg.norm(weights(smaller)["0.weight"], axis=0).max() <= 0.5 * (1 + 4e-16)
@@ -731,6 +742,10 @@ CASES = {
     "branches": (
         lambda: [gb.Concatenate(gb.Sequential(dense(4, 3, [0]), dense(3, 3, [1])), dense(4, 2, [1])), dense(5, 2)],
         [(4, 2), (2, 3), (4, 2), (5, 2)],
+    ),
+    "activations": (
+        lambda: [dense(4, 5, [1]), gb.Activation("tanh"), dense(5, 6, [2]), gb.Activation("relu"), dense(6, 2)],
+        [(4, 4), (4, 5), (5, 2)],
     ),
     "nested": (
         lambda: [gb.Sequential(dense(4, 6, [1]), gb.Sequential(gb.Dropout(0.5))), gb.Sequential(dense(6, 2))],
