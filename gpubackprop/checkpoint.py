@@ -12,7 +12,7 @@ import numpy as np
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.formulas import ACTIVATIONS, Activation, register_activation
-from gpubackprop.layers import Dense
+from gpubackprop.layers import Dense, Scaler
 from gpubackprop.model import CLASSES, Layer, check_model
 
 __all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write_file"]
@@ -86,6 +86,10 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
             raise ValueError(f"{where}: it has {difference} in the model it describes; a layer's class has changed")
         for key, p in model.named_parameters().items():
             p.value, p.settled = file.get_tensor(key), True
+    for _, layer in model.named_layers():
+        if isinstance(layer, Dense | Scaler):  # whose masks and statistics were given, not drawn
+            for p in (p for _, p in layer._members() if isinstance(p, Parameter) and not p.trainable):
+                p.init = p.value
     return model.to(backend.device)
 
 

@@ -509,3 +509,21 @@ def test_a_name_of_an_open_file_is_refused(path):
     with pytest.raises(FileExistsError, match=r"^/dev/stdout: stands for the open file"):
         check_writable("/dev/stdout")
     assert path.read_bytes() == b"mine"
+
+
+def test_initialize_after_loading_keeps_masks_and_scalers(tmp_path, rng):
+    """They were given, not drawn: a new draw of the weights leaves them as they were saved."""
+    x = rng.normal(3, 2, size=(20, 4))
+    model = gb.Sequential(
+        gb.Scaler(4).fit(x), gb.Dense(4, 6, mask=rng.random((4, 6)) < 0.5), gb.BatchNorm(6), gb.Dense(6, 2)
+    )
+    before = model.initialize(0).state_dict()
+    gb.prune(model, 0.6)
+    gb.save_model(model, tmp_path / "m.safetensors")
+    after = gb.load_model(tmp_path / "m.safetensors").initialize(1).state_dict()
+    for key in ("0.mean", "0.scale"):
+        np.testing.assert_array_equal(after[key], before[key])
+    for key in ("1", "3"):
+        np.testing.assert_array_equal(after[f"{key}.mask"], model.state_dict()[f"{key}.mask"])
+        assert (after[f"{key}.weight"][after[f"{key}.mask"] == 0] == 0).all() and after[f"{key}.weight"].any()
+    assert (after["1.weight"] != before["1.weight"]).any() and (after["2.variance"] == 1).all()
