@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import Signature, signature
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,8 @@ class Layer:
         super().__init_subclass__(**keywords)
         builtin = cls.__module__.startswith("gpubackprop.")
         CLASSES[cls.__name__ if builtin else f"{cls.__module__}:{cls.__qualname__}"] = cls
+        _, *given = signature(cls.__init__).parameters.values()
+        cls.__signature__ = Signature(given)  # type: ignore[attr-defined]  # for help(), which would show that of __new__
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "Layer":
         self = super().__new__(cls)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import math
 import os
 import pickle
@@ -1128,3 +1129,15 @@ def test_a_mask_holds_for_what_is_loaded_and_travels_with_the_model(rng, tmp_pat
 def test_bad_masks(mask, message):
     with pytest.raises(ValueError, match=message):
         gb.Dense(4, 3, mask=mask)
+
+
+def test_help_shows_what_a_layer_takes():
+    """Not the catch-all of `__new__`."""
+    assert list(inspect.signature(gb.Dense).parameters)[:3] == ["inputs", "units", "activation"]
+    assert list(inspect.signature(gb.BatchNorm).parameters) == ["columns", "momentum", "eps"]
+
+    class Own(gb.Layer):
+        def __init__(self, width, *more):
+            pass
+
+    assert str(inspect.signature(Own)) == "(width, *more)"
