@@ -98,9 +98,10 @@ from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
 if TYPE_CHECKING:
-    from gpubackprop import lab, schedules
+    from gpubackprop import lab, landscape, plot, schedules
     from gpubackprop.diagnostics import explain_weight, loss_of_weights, sensitivity
     from gpubackprop.guessing import grid_points, grid_search, random_search
+    from gpubackprop.landscape import descend, race, surface
     from gpubackprop.nan_search import find_nan
     from gpubackprop.pruning import prune, rewind, shrink
     from gpubackprop.range_test import lr_range_test
@@ -114,19 +115,21 @@ __all__ = [
     "Dropout", "EarlyStopping", "InputNoise", "KFold", "Layer", "LayerNorm", "Lion", "Nadam", "Optimizer", "Parameter",
     "Plan", "RAdam", "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs",
     "add", "batch_norm", "bce_with_logits", "bce_with_logits_sum", "broadcast_to", "clip", "concatenate", "cos",
-    "datasets", "dense", "divide", "dropout", "exp", "explain_weight", "expm1", "find_nan", "gather", "get_backend",
-    "gradcheck", "gradient_report", "grid_points", "grid_search", "half_mse", "half_sse", "hessian_vector_product",
-    "initializers", "lab", "layer_norm", "layer_stats", "learning_curve", "load_model", "log", "log1p", "log_softmax",
-    "logsumexp", "loss_of_weights", "lr_range_test", "lsuv", "matmul", "max", "maximum", "mean", "min", "minimum",
-    "mlp", "mse", "multiply", "neg", "noise", "poisson", "poisson_sum", "power", "prune", "random_search",
-    "register_activation", "relu", "reshape", "rewind", "save_model", "schedules", "sensitivity", "shrink", "sigmoid",
-    "sin", "softmax", "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "tanh", "tensor",
-    "training", "transpose", "value_and_grad", "where",
+    "datasets", "dense", "descend", "divide", "dropout", "exp", "explain_weight", "expm1", "find_nan", "gather",
+    "get_backend", "gradcheck", "gradient_report", "grid_points", "grid_search", "half_mse", "half_sse",
+    "hessian_vector_product", "initializers", "lab", "landscape", "layer_norm", "layer_stats", "learning_curve",
+    "load_model", "log", "log1p", "log_softmax", "logsumexp", "loss_of_weights", "lr_range_test", "lsuv", "matmul",
+    "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "noise", "plot", "poisson",
+    "poisson_sum", "power", "prune", "race", "random_search", "register_activation", "relu", "reshape", "rewind",
+    "save_model", "schedules", "sensitivity", "shrink", "sigmoid", "sin", "softmax", "softmax_cross_entropy", "split",
+    "sqrt", "sse", "stack", "subtract", "sum", "surface", "tanh", "tensor", "training", "transpose", "value_and_grad",
+    "where",
 ]  # fmt: skip
 
 
 # What is not needed to train is loaded when it is first asked for: names and their modules.
 _LATER = {
+    "descend": "landscape",
     "explain_weight": "diagnostics",
     "find_nan": "nan_search",
     "gradient_report": "report",
@@ -137,14 +140,16 @@ _LATER = {
     "lr_range_test": "range_test",
     "lsuv": "scaling",
     "prune": "pruning",
+    "race": "landscape",
     "random_search": "guessing",
     "rewind": "pruning",
     "sensitivity": "diagnostics",
     "shrink": "pruning",
+    "surface": "landscape",
 }
 
 
-_MODULES_LATER = {"lab", "schedules"}
+_MODULES_LATER = {"lab", "landscape", "plot", "schedules"}
 
 
 def __getattr__(name: str) -> Any:

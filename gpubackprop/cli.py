@@ -12,22 +12,27 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
-from gpubackprop import __version__, datasets, roofline, runs
+from gpubackprop import __version__, roofline, runs
 from gpubackprop.backends import why_not_cuda
-from gpubackprop.checkpoint import check_writable, load_model, read_metadata, save_model, write_file
-from gpubackprop.formulas import ACTIVATIONS
+from gpubackprop.checkpoint import load_model, read_metadata, save_model, write_file
+from gpubackprop.cli_plot import pictures
+from gpubackprop.console import check_outputs as _check_outputs
+from gpubackprop.console import fail as _fail
+from gpubackprop.console import force as _force
+from gpubackprop.console import options as _options
+from gpubackprop.console import say as _say
+from gpubackprop.console import show as _print
+from gpubackprop.console import sizes as _sizes
+from gpubackprop.console import table_options as _table_options
 from gpubackprop.layers import Layer, mlp
 from gpubackprop.optimizers import OPTIMIZERS
-from gpubackprop.precision import PRECISIONS
-from gpubackprop.runs import RATES, Recipe, Run
+from gpubackprop.runs import Recipe, Run
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
 __all__ = ["main"]
@@ -70,7 +75,7 @@ class Commands(click.Group):
             _fail(str(error), 2)
         except TrainingDiverged as error:
             _fail(f"{error}; nothing was saved", 1)
-        except (RuntimeError, OSError, MemoryError) as error:
+        except (RuntimeError, OSError, MemoryError, ImportError) as error:
             _fail(str(error) or type(error).__name__, 1)
         except KeyboardInterrupt:
             _fail("interrupted; no file is left half written", INTERRUPTED)
@@ -80,13 +85,6 @@ def _warn(message: Warning | str, *about: Any) -> None:
     """A warning as one line on stderr."""
     with suppress(OSError):
         click.echo(f"gpubackprop: warning: {' '.join(str(message).split())}", err=True)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    """End with one line on stderr."""
-    with suppress(OSError):
-        click.echo(f"gpubackprop: {' '.join(message.split())}", err=True)
-    raise click.exceptions.Exit(status)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -102,54 +100,11 @@ def main() -> None:
     """
 
 
-def _sizes(text: str | None, option: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(part) for part in text.split(",")) if text and text.strip() else ()
-    except ValueError:
-        sizes = (0,)
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"{option}: got {text!r}, expected positive integers between commas, such as 128,64")
-    return sizes
-
-
-def _options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options of those names, in order, with the recipe's defaults."""
-    choose = click.Choice
-    rates = ", ".join(f"{k} {a:g}" + f" ({b:g} for numbers)" * (a != b) for k, (a, b) in RATES.items())
-    every: dict[str, tuple[Any, str]] = {
-        "hidden": (str, "Units of each hidden layer, between commas; \"\" for none."),
-        "activation": (choose(list(ACTIVATIONS)), "Activation of the hidden layers."),
-        "dropout": (float, "Share of hidden units dropped in training.  [default: 0.5 for classes, 0 for numbers]"),
-        "epochs": (int, "Passes over the training rows."),
-        "batch_size": (int, "Rows per step."),
-        "optimizer": (choose(list(OPTIMIZERS)), "Update rule."),
-        "lr": (float, f"Learning rate.  [default: {rates}]"),
-        "seed": (click.IntRange(min=0), "Keys the split, the weights, the order of rows and dropout."),
-        "test": (float, "Fraction of the rows held out."),
-        "dtype": (choose(["float32", "float64"]), "Type of weights and data."),
-        "precision": (choose(list(PRECISIONS)), "What a step computes in, with weights in float32 or float64.  "
-                      "[default: that of --dtype]"),
-        "clip_norm": (float, "Scale a longer gradient down to this norm.  [default: no clipping]"),
-        "cuda_graph": (bool, "Launch each step as one CUDA graph."),
-        "device": (str, "auto, cpu, cuda or cuda:N."),
-    }  # fmt: skip
-    defaults = {f.name: f.default for f in fields(Recipe)} | {"hidden": ",".join(map(str, Recipe.hidden))}
-
-    def add(command: Callable[..., None]) -> Callable[..., None]:
-        for name in reversed(names):
-            kind, text = every[name]
-            default = defaults[name]
-            option = click.option(f"--{name.replace('_', '-')}", type=kind, default=default, help=text,
-                                  is_flag=kind is bool, show_default=default not in (None, False))  # fmt: skip
-            command = option(command)
-        return command
-
-    return add
-
-
-_force = click.option("--force", is_flag=True, help="Replace files that exist.")
 _json = click.option("--json", "json_path", metavar="FILE",
                      help="Write the figures to this file; - for stdout, with the lines on stderr.")  # fmt: skip
+
+
+main.add_command(pictures)
 
 
 # ---- train, evaluate, predict --------------------------------------------------------------------------------------
@@ -157,13 +112,7 @@ _json = click.option("--json", "json_path", metavar="FILE",
 
 @main.command()
 @click.argument("data")
-@click.option("--target", metavar="NAME", help="The column of a CSV to learn.")
-@click.option("--task", type=click.Choice(["classification", "regression"]),
-              help="What the target means.  [default: text and integers are classes, floats numbers]")  # fmt: skip
-@_options("hidden", "activation", "dropout", "epochs", "batch_size", "optimizer", "lr", "seed", "test")
-@_options("dtype", "precision", "clip_norm", "cuda_graph", "device")
-@click.option("--scale/--no-scale", default=None,
-              help="Bring columns to mean 0, variance 1 inside the model.  [default: on, but for digits]")  # fmt: skip
+@_table_options
 @click.option("--out", metavar="FILE", help="Save the model here (safetensors).")
 @_force
 @_json
@@ -398,19 +347,6 @@ def examine(device: str, quick: bool, json_path: str | None, force: bool) -> Non
 # ---- printing and files --------------------------------------------------------------------------------------------
 
 
-def _print(text: str, err: bool = False) -> None:
-    try:
-        click.echo(text, err=err)
-    except BrokenPipeError:
-        raise  # its reader has seen enough: click ends without a word
-    except OSError as error:
-        raise OSError(f"{'stderr' if err else 'stdout'}: cannot be written ({error.strerror})") from None
-
-
-def _say(label: str, text: str, err: bool = False) -> None:
-    _print(f"{label:<11} {text}", err)
-
-
 def _figures(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:{'.4f' if name == 'accuracy' else '.6g'}}" for name, value in values.items())
 
@@ -425,23 +361,6 @@ def _keep(run: Run, out: str | None) -> str:
         return f"{progress}; nothing was saved (there is no --out)"
     save_model(run.model, out, extra=run.extra)
     return f"{progress}; the model as it stands was saved to {out}"
-
-
-def _check_outputs(out: str | None, force: bool, json_path: str | None, *inputs: str) -> None:
-    """Raise before any work if a file cannot be written, exists without --force, or is read or printed to."""
-    taken = {os.path.realpath(path): f"the input {path}" for path in inputs if path not in datasets.NAMES}
-    paths = [path for path in (out, None if json_path == "-" else json_path) if path]
-    for path in paths:
-        real = str(check_writable(path))
-        for number, stream in (1, "stdout"), (2, "stderr"):
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(number), os.stat(real)):
-                    taken[real] = f"the file that {stream} goes to"
-        if real in taken:
-            raise ValueError(f"{path}: is {taken[real]}, which would be lost; give another name")
-        taken[real] = "the file of --out"
-    if existing := [path for path in paths if Path(path).exists() and not force]:
-        raise FileExistsError(f"{existing[0]}: exists; use --force to replace it, or another name")
 
 
 def _write_json(path: str | None, report: Mapping[str, Any]) -> None:

@@ -157,12 +157,20 @@ class Run:
         scaler.dtype = self.recipe.weights
         return scaler.fit(rows)
 
-    def fit(self, progress: bool | None = None) -> None:
-        """Train; when it ends, also by Ctrl-C, `model` is the network in the data's own units."""
-        x, y = _scaled(self.x, self._front), _scaled(self.y, self._back)
+    def fit(self, progress: bool | None = None, *, validate: bool = False) -> None:
+        """Train; when it ends, also by Ctrl-C, `model` is the network in the data's own units.
+
+        With validate=True the history has the figures of the rows held out too, after each epoch; the weights are the
+        same.
+        """
+        parts = ((self.x, self.y), (self.x_test, self.y_test))
+        (x, y), held_out = ((_scaled(a, self._front), _scaled(b, self._back)) for a, b in parts)
         begun = time.perf_counter()
         try:
-            self.trainer.fit(x, y, self.recipe.epochs, self.recipe.batch_size, progress=progress)
+            self.trainer.fit(
+                x, y, self.recipe.epochs, self.recipe.batch_size, progress=progress,
+                validation_data=held_out if validate else None,
+            )  # fmt: skip
         finally:
             self.seconds = time.perf_counter() - begun
             if self._front is not None or self._back is not None:

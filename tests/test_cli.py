@@ -18,6 +18,7 @@ import gpubackprop as gb
 from gpubackprop import cli, runs
 from gpubackprop.backends import why_not_cuda
 from gpubackprop.checkpoint import load_model, read_metadata, save_model
+from gpubackprop.optimizers import OPTIMIZERS
 
 without_gpu = pytest.mark.skipif(why_not_cuda() is None, reason="CUDA works here")
 
@@ -497,11 +498,123 @@ def test_info_and_version():
     assert run("--version") == f"gpubackprop {gb.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "explain", "kernels", "info", "doctor"])
+@pytest.mark.parametrize("command", ["", "train", "evaluate", "predict", "explain", "kernels", "info", "doctor",
+                                     "plot", "plot surface", "plot race", "plot curves", "plot gradients",
+                                     "plot regions"])  # fmt: skip
 def test_help_has_an_example(command):
     output = run(*command.split(), "--help")
     assert "  gpubackprop " in output
     assert run(*command.split(), "-h") == output
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_plot_surface_draws_the_line_and_its_descent(folder):
+    pytest.importorskip("matplotlib")
+    output = run("plot", "surface", "--steps", 5000, "--out", "s.svg")
+    m, b = np.polyfit(*(a.ravel() for a in gb.datasets.regression7()), 1)
+    assert line_of(output, "end").endswith(f"m {m:.6g}, b {b:.6g}, loss 0.0180519 after 5000 steps")
+    assert line_of(output, "saved").endswith("s.svg") and (folder / "s.svg").read_bytes().startswith(b"<?xml")
+    run("plot", "surface", "--steps", 5000, "--out", "t.svg")
+    assert (folder / "s.svg").read_bytes() == (folder / "t.svg").read_bytes()
+    for name in OPTIMIZERS:
+        assert "loss 0." in run("plot", "surface", "--optimizer", name, "--start", "0,0", "--out", "s.svg", "--force")
+    run("plot", "surface", "--steps", 1, "--lr", 0.001, "--start=-1,2.5", "--out", "p.png")
+    assert "after 1 steps" in run("plot", "surface", "--steps", 1, "--out", "p.pdf")
+
+
+def test_plot_race_says_when_each_leaves_the_saddle(folder):
+    pytest.importorskip("matplotlib")
+    output = run("plot", "race", "--out", "r.svg")
+    for name, steps in {"SGD": 698, "momentum": 140, "RMSprop": 72, "Adam": 77}.items():
+        assert line_of(output, f"{name} ").endswith(f"|y| > 1 after {steps} steps")
+    assert "Adagrad" in output and "Adadelta" in output and "Nesterov" in output
+    output = run("plot", "race", "--on", "valley", "--steps", 20, "--out", "v.png")
+    assert output.count("after 20 steps") == 7 and "|y|" not in output
+    done = launch("plot", "race", "--on", "valley", "--steps", 20, "--lr", 0.1, "--out", "w.png", strict=(),
+                  stdout=subprocess.DEVNULL)  # fmt: skip
+    assert done.returncode == 0 and len(lines := done.stderr.splitlines()) == 3
+    assert all(re.match(r"gpubackprop: warning: descend: step \d+ of SGD\(lr=0.1, .*", line) for line in lines)
+
+
+def test_plot_curves_trains_as_train_does(folder):
+    pytest.importorskip("matplotlib")
+    write_flowers(folder / "f.csv")
+    options = ["f.csv", "--target", "species", "--epochs", 4, "--hidden", 8]
+    output = run("plot", "curves", *options, "--out", "c.svg")
+    told = run("train", *options, "--json", "j")
+    history = json.loads((folder / "j").read_text())["history"]
+    assert line_of(output, "train ") == f"train       loss {history['loss'][-1]:.6g}"
+    for label in ("device", "data", "split", "network", "training"):
+        assert line_of(output, label) == line_of(told, label)
+    assert re.search(r"loss [\d.]+$", line_of(output, "held out"))
+    run("plot", "curves", *options, "--figure", "accuracy", "--out", "a.pdf")
+    assert "--figure: got 'r2', expected one of loss, accuracy" in fails("plot", "curves", *options, "--figure", "r2",
+                                                                         "--out", "b.pdf")  # fmt: skip
+    write_line(folder / "line.csv")
+    run("plot", "curves", "line.csv", "--target", "worth", "--epochs", 2, "--figure", "r2", "--out", "r.png")
+
+
+def test_watching_the_rows_held_out_changes_no_weight():
+    table, states = runs.read("regression7"), []
+    for validate in (False, True):
+        trained = runs.Run("regression7", table, runs.Recipe(epochs=3, dropout=0.1))
+        trained.fit(False, validate=validate)
+        states.append(trained.model.state_dict())
+        assert ("val_loss" in trained.trainer.history) is validate
+    assert all(np.array_equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_plot_gradients_and_regions_of_a_saved_model(folder):
+    pytest.importorskip("matplotlib")
+    write_flowers(folder / "f.csv")
+    run("train", "f.csv", "--target", "species", "--epochs", 5, "--out", "m", "--quiet")
+    assert re.search("healthy|vanishing|exploding|dead", run("plot", "gradients", "m", "f.csv", "--out", "g.svg"))
+    for chosen in ([], ["--columns", "price,length"], ["--columns", "1, 0"]):
+        run("plot", "regions", "m", "f.csv", *chosen, "--out", "d.svg", "--force")
+    for wrong in ("price", "price,price", "price,2", "a,b", "0,1,1"):
+        message = f"--columns: got '{wrong}', expected two of length, price, between a comma"
+        assert fails("plot", "regions", "m", "f.csv", "--columns", wrong, "--out", "e.svg") == message
+    run("train", "digits", "--epochs", 1, "--out", "digits", "--quiet")
+    message = "digits: has 64 columns, expected two to draw; choose them with --columns A,B"
+    assert fails("plot", "regions", "digits", "digits", "--out", "e.svg") == message
+    run("plot", "regions", "digits", "digits", "--columns", "20,43", "--out", "e.svg")
+    write_line(folder / "line.csv")
+    run("train", "line.csv", "--target", "worth", "--epochs", 1, "--out", "r", "--quiet")
+    run("plot", "gradients", "r", "line.csv", "--out", "h.png")
+    assert "was trained for regression" in fails("plot", "regions", "r", "line.csv", "--out", "f.svg")
+    (folder / "plain.csv").write_text("length,price\n1,2\n")
+    assert "plain.csv: has no target" in fails("plot", "gradients", "m", "plain.csv", "--out", "f.svg")
+
+
+def test_pictures_are_whole_and_replace_nothing_without_force(folder, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (folder / "s.svg").write_text("mine")
+    assert fails("plot", "surface", "--out", "s.svg") == "s.svg: exists; use --force to replace it, or another name"
+    line = "gpubackprop: s.jpg: is of unknown kind '.jpg'; choose from .svg, .png, .pdf\n"
+    assert run("plot", "race", "--out", "s.jpg", status=2) == line  # and no race before it
+    write_flowers(folder / "f.csv")
+    (folder / "f.csv").rename("f.svg")
+    assert "is the input f.svg" in fails("plot", "curves", "f.svg", "--out", "f.svg", "--force")
+    for start in ("1", "a,b", "9,0", "0,nan"):
+        assert f"--start: got '{start}', expected two numbers" in fails("plot", "surface", "--start", start,
+                                                                        "--out", "n.svg")  # fmt: skip
+    assert "--out" in run("plot", "surface", status=2)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left" in fails("plot", "surface", "--out", "s.svg", "--force", status=1)
+    assert (folder / "s.svg").read_text() == "mine" and len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("command", [["surface"], ["race"], ["curves", "digits"], ["gradients", "m", "digits"]])
+def test_pictures_without_matplotlib_end_before_any_work(command, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    message = 'plot: matplotlib is not installed; pip install "gpubackprop[plot]"'
+    assert fails("plot", *command, "--out", "s.svg", status=1) == message
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -714,4 +827,5 @@ def test_the_module_is_the_command():
 
 def test_the_entry_point_is_a_click_group():
     assert isinstance(cli.main, click.Group)
-    assert set(cli.main.commands) == {"train", "evaluate", "predict", "explain", "kernels", "info", "doctor"}
+    assert set(cli.main.commands) == {"train", "evaluate", "predict", "explain", "kernels", "info", "doctor", "plot"}
+    assert set(cli.main.commands["plot"].commands) == {"surface", "race", "curves", "gradients", "regions"}

@@ -28,11 +28,14 @@ LEVELS = [
     {"room", "callbacks", "lbfgs", "row_weights"},
     {"trainer"},
     {"range_test", "guessing", "diagnostics"},
-    {"nan_search", "report", "lab"},
+    {"nan_search", "report", "lab", "landscape"},
+    {"plot"},
     {"__init__"},
     {"runs", "installation", "parity", "roofline", "solvers"},
     {"perceptron"},
     {"doctor", "sklearn"},
+    {"console"},
+    {"cli_plot"},
     {"cli"},
     {"__main__"},
 ]
@@ -96,6 +99,7 @@ def test_importing_loads_nothing_heavy():
             "numpy.testing",
             "sklearn",
             "scipy",
+            "matplotlib",
         )
     )
     assert run_python(code) == "[]"
