@@ -18,18 +18,9 @@ from typing import Any
 
 import click
 
-from gpubackprop import __version__, roofline, runs
+from gpubackprop import __version__, cli_plot, console, roofline, runs
 from gpubackprop.backends import why_not_cuda
 from gpubackprop.checkpoint import load_model, read_metadata, save_model, write_file
-from gpubackprop.cli_plot import pictures
-from gpubackprop.console import check_outputs as _check_outputs
-from gpubackprop.console import fail as _fail
-from gpubackprop.console import force as _force
-from gpubackprop.console import options as _options
-from gpubackprop.console import say as _say
-from gpubackprop.console import show as _print
-from gpubackprop.console import sizes as _sizes
-from gpubackprop.console import table_options as _table_options
 from gpubackprop.layers import Layer, mlp
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.runs import Recipe, Run
@@ -72,13 +63,13 @@ class Commands(click.Group):
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own ways to end
         except BAD_INPUT as error:
-            _fail(str(error), 2)
+            console.fail(str(error), 2)
         except TrainingDiverged as error:
-            _fail(f"{error}; nothing was saved", 1)
+            console.fail(f"{error}; nothing was saved", 1)
         except (RuntimeError, OSError, MemoryError, ImportError) as error:
-            _fail(str(error) or type(error).__name__, 1)
+            console.fail(str(error) or type(error).__name__, 1)
         except KeyboardInterrupt:
-            _fail("interrupted; no file is left half written", INTERRUPTED)
+            console.fail("interrupted; no file is left half written", INTERRUPTED)
 
 
 def _warn(message: Warning | str, *about: Any) -> None:
@@ -104,7 +95,7 @@ _json = click.option("--json", "json_path", metavar="FILE",
                      help="Write the figures to this file; - for stdout, with the lines on stderr.")  # fmt: skip
 
 
-main.add_command(pictures)
+main.add_command(cli_plot.pictures)
 
 
 # ---- train, evaluate, predict --------------------------------------------------------------------------------------
@@ -112,9 +103,9 @@ main.add_command(pictures)
 
 @main.command()
 @click.argument("data")
-@_table_options
+@console.table_options
 @click.option("--out", metavar="FILE", help="Save the model here (safetensors).")
-@_force
+@console.force
 @_json
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def train(
@@ -131,8 +122,8 @@ def train(
       gpubackprop train digits
       gpubackprop train iris.csv --target species --hidden 32,32 --out iris.safetensors
     """
-    recipe = Recipe(hidden=_sizes(hidden, "--hidden"), **settings)
-    _check_outputs(out, force, json_path, data)
+    recipe = Recipe(hidden=console.sizes(hidden, "--hidden"), **settings)
+    console.check_outputs(out, force, json_path, data)
     run = Run(data, runs.read(data, target, task), recipe)
     if (count := runs.doubtful_classes(run.table)) and task is None and not quiet:
         with suppress(OSError):
@@ -141,7 +132,7 @@ def train(
 
     def say(label: str, text: str) -> None:
         if not quiet:
-            _say(label, text, err=json_path == "-")
+            console.say(label, text, err=json_path == "-")
 
     for label, text in run.lines():
         with suppress(OSError):  # the run is worth more than its lines
@@ -149,7 +140,7 @@ def train(
     try:
         run.fit(False if quiet else None)
     except KeyboardInterrupt:
-        _fail(_keep(run, out), INTERRUPTED)
+        console.fail(_keep(run, out), INTERRUPTED)
     if out:
         save_model(run.model, out, extra=run.extra)
     measured = run.figures()
@@ -165,9 +156,9 @@ def train(
 @click.argument("model")
 @click.argument("data")
 @click.option("--all", "every", is_flag=True, help="Every row of a bundled set, also those trained on.")
-@_options("device")
+@console.options("device")
 @_json
-@_force
+@console.force
 def evaluate(model: str, data: str, every: bool, device: str, json_path: str | None, force: bool) -> None:
     """Measure a saved MODEL on DATA.
 
@@ -178,7 +169,7 @@ def evaluate(model: str, data: str, every: bool, device: str, json_path: str | N
     Example:
       gpubackprop evaluate digits.safetensors digits
     """
-    _check_outputs(None, force, json_path, data, model)
+    console.check_outputs(None, force, json_path, data, model)
     network, extra = load_model(model, device), read_metadata(model)["extra"]
     table = runs.read_for(network, data, extra)
     if table.y is None:
@@ -188,15 +179,15 @@ def evaluate(model: str, data: str, every: bool, device: str, json_path: str | N
     values = runs.figures(network, x, y, device)
     label = "all rows" if part is None else "held out"
     _write_json(json_path, {"model": model, "data": data, "rows": len(x), "part": label.replace(" ", "_"), **values})
-    _say(label, _figures(values), err=json_path == "-")
+    console.say(label, _figures(values), err=json_path == "-")
 
 
 @main.command()
 @click.argument("model")
 @click.argument("data")
 @click.option("--out", required=True, metavar="FILE", help="A .csv, .npz or .npy file for the predictions.")
-@_force
-@_options("device")
+@console.force
+@console.options("device")
 def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
     """Write a saved MODEL's predictions for DATA.
 
@@ -209,11 +200,11 @@ def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
       gpubackprop predict iris.safetensors new.csv --out predictions.csv
     """
     kind = runs.kind_of(out)
-    _check_outputs(out, force, None, data, model)
+    console.check_outputs(out, force, None, data, model)
     network, extra = load_model(model, device), read_metadata(model)["extra"]
     table = runs.read_for(network, data, extra, labelled=False)
     write_file(out, runs.predict(network, table.x, extra.get("classes")).encode(kind))
-    _say("saved", f"{out}: {len(table.x):,} predictions")
+    console.say("saved", f"{out}: {len(table.x):,} predictions")
 
 
 # ---- explain, kernels, info, doctor --------------------------------------------------------------------------------
@@ -222,34 +213,43 @@ def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
 @main.command()
 @click.argument("model", required=False)
 @click.option("--sizes", help="Instead of a MODEL: columns, hidden units and outputs of a new network, between commas.")
-@_options("activation", "dropout", "optimizer", "batch_size", "dtype", "precision", "clip_norm", "device")
+@console.options("activation", "dropout", "optimizer", "batch_size", "dtype", "precision", "clip_norm", "device")
 @click.option("--gpu", type=click.Choice(list(roofline.GPUS)), help="Add a roofline model of this GPU.")
+@click.option("--out", metavar="FILE", help="Draw the step too: an .svg, .png or .pdf file.")
+@console.force
 def explain(
-    model: str | None, sizes: str | None, batch_size: int, device: str, gpu: str | None, **settings: Any
-) -> None:
-    """Print a training step as the table of its launches.
+    model: str | None, sizes: str | None, batch_size: int, device: str, gpu: str | None, out: str | None, force: bool,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Print a training step as the table of its launches, and draw it.
 
     Each has its equation, the shapes it reads and writes, its flops and bytes; nothing is trained. Without MODEL and
     --sizes it is the step of `gpubackprop train digits`. --activation, --dropout and --dtype describe a new network; a
     saved one has its own. A step for CUDA is planned without a GPU too; beneath it stand its launches, and its bytes
     beside the least that they could be.
 
+    The picture of --out has the launches in their order, down to the loss on the left and back up on the right, with
+    lines to where results are used again; with --gpu also the roofline, which is a model and no measurement.
+
     \b
     Examples:
       gpubackprop explain
       gpubackprop explain --sizes 64,128,10 --activation gelu --batch-size 256
+      gpubackprop explain digits.safetensors --out step.svg
       gpubackprop explain --device cuda --precision tf32 --clip-norm 1
       gpubackprop explain --sizes 4096,4096,4096 --batch-size 4096 --gpu h100
     """
     recipe = Recipe(**settings)
     if model and sizes:
         raise ValueError("explain: got a MODEL and --sizes, expected one of them; leave one out")
+    if out:
+        cli_plot.drawing(out, force, *filter(None, [model]))
     place, reason = _planned(device, gpu)
     if model:
         network: Layer = load_model(model, place)
         loss = runs.trained_loss(network)
     else:
-        layout = list(_sizes(sizes, "--sizes")) or [64, *Recipe.hidden, 10]
+        layout = list(console.sizes(sizes, "--sizes")) or [64, *Recipe.hidden, 10]
         rate = recipe.dropout_for("classification")
         network, loss = mlp(layout, recipe.activation, dropout=rate, dtype=recipe.weights), "cross_entropy"
     trainer = Trainer(network, loss, OPTIMIZERS[recipe.optimizer](), device=place, seed=0, precision=recipe.precision,
@@ -257,13 +257,15 @@ def explain(
     plan = trainer.plan(batch_size)
     if reason:
         plan.title = f"planned without a GPU ({reason}): {plan.title}"
-    _print(str(plan))
+    if out:
+        cli_plot.save_plan(plan, gpu, trainer.precision.name, out)
+    console.show(str(plan))
     if plan.backend.device.startswith("cuda"):
-        _print(f"launches eager: {roofline.launches(plan)}; with a CUDA graph: 1")
+        console.show(f"launches eager: {roofline.launches(plan)}; with a CUDA graph: 1")
         for part, moved in roofline.traffic(plan).items():
-            _print(f"{part}: {moved}")
+            console.show(f"{part}: {moved}")
     if gpu:
-        _print("\n" + roofline.roofline(plan, roofline.GPUS[gpu], trainer.precision.name))
+        console.show("\n" + roofline.roofline(plan, roofline.GPUS[gpu], trainer.precision.name))
 
 
 def _planned(device: str, gpu: str | None) -> tuple[str, str | None]:
@@ -291,11 +293,11 @@ def kernels(name: str | None, dtype: str) -> None:
     from gpubackprop.backends import codegen
 
     if name is not None:
-        _print(codegen.source(name, dtype))
+        console.show(codegen.source(name, dtype))
         return
     homes = codegen.homes()
     width = max(map(len, homes))
-    _print("\n".join(f"{kernel:<{width}}  {home}" for kernel, home in homes.items()))
+    console.show("\n".join(f"{kernel:<{width}}  {home}" for kernel, home in homes.items()))
 
 
 @main.command()
@@ -309,14 +311,14 @@ def info() -> None:
     from gpubackprop.installation import versions
 
     for label, text in versions():
-        _say(label, text)
+        console.say(label, text)
 
 
 @main.command("doctor")
 @click.option("--device", default="cuda", show_default=True, help="cuda or cuda:N.")
 @click.option("--quick", is_flag=True, help="float32 kernels alone, and fewer repeats.")
 @_json
-@_force
+@console.force
 def examine(device: str, quick: bool, json_path: str | None, force: bool) -> None:
     """Check this machine's GPU: that every kernel gives NumPy's results, and how fast.
 
@@ -332,15 +334,15 @@ def examine(device: str, quick: bool, json_path: str | None, force: bool) -> Non
     """
     from gpubackprop import doctor
 
-    _check_outputs(None, force, json_path)
+    console.check_outputs(None, force, json_path)
     err, results = json_path == "-", list[doctor.Result]()
     for result in doctor.examine(device, doctor.QUICK if quick else doctor.FULL):
         if not results or results[-1].group != result.group:
-            _print(result.group, err)
+            console.show(result.group, err)
         results.append(result)
-        _print(f"  {result.verdict:<8} {result.name:<34} {result.detail}".rstrip(), err)
+        console.show(f"  {result.verdict:<8} {result.name:<34} {result.detail}".rstrip(), err)
     _write_json(json_path, doctor.report(results))
-    _say("verdict", doctor.verdict(results), err)
+    console.say("verdict", doctor.verdict(results), err)
     raise click.exceptions.Exit(doctor.status(results))
 
 
@@ -367,7 +369,7 @@ def _write_json(path: str | None, report: Mapping[str, Any]) -> None:
     """The figures as JSON, to a file or, for "-", to stdout."""
     text = json.dumps(_strict(report), indent=1, allow_nan=False)
     if path == "-":
-        _print(text)
+        console.show(text)
     elif path:
         write_file(path, (text + "\n").encode())
 

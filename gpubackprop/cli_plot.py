@@ -10,11 +10,12 @@ from gpubackprop import runs
 from gpubackprop.checkpoint import load_model, read_metadata
 from gpubackprop.console import check_outputs, force, options, say, show, sizes, table_options
 from gpubackprop.optimizers import OPTIMIZERS
+from gpubackprop.plan import Plan
 from gpubackprop.runs import Recipe, Run
 from gpubackprop.tables import Table
 from gpubackprop.trainer import Trainer
 
-__all__ = ["pictures"]
+__all__ = ["drawing", "pictures", "save_plan"]
 
 LINE = ((-2.0, 4.0), (-6.0, 8.0))  # where the line's loss is drawn: m and b
 RATE = 0.05  # which descends the line in visible zigzags; beyond 0.068 it diverges
@@ -41,20 +42,31 @@ def pictures() -> None:
 _out = click.option("--out", required=True, metavar="FILE", help="The picture: an .svg, .png or .pdf file.")
 
 
-def _plot(out: str, replace: bool, *inputs: str) -> ModuleType:
+def drawing(out: str, replace: bool, *inputs: str) -> ModuleType:
     """The module that draws; an error before any work if the file cannot be written, or matplotlib is not there."""
     from gpubackprop import plot
+    from gpubackprop.plot.figures import check_kind, pyplot
 
-    plot.check_kind(out)
+    check_kind(out)
     check_outputs(out, replace, None, *inputs)
-    plot.pyplot().switch_backend("Agg")  # no windows, whatever display there is
+    pyplot().switch_backend("Agg")  # no windows, whatever display there is
     return plot
 
 
-def _save(plot: ModuleType, axes: Any, out: str) -> None:
-    plot.save(axes, out)
-    plot.pyplot().close(axes.get_figure())
+def _save(axes: Any, out: str) -> None:
+    """Write the picture, and say so."""
+    from gpubackprop.plot.figures import pyplot, save
+
+    save(axes, out)
+    pyplot().close(axes.get_figure())
     say("saved", out)
+
+
+def save_plan(plan: Plan, gpu: str | None, precision: str, out: str) -> None:
+    """Write the picture of a plan, with its roofline if there is a GPU to model."""
+    from gpubackprop.plot import plans
+
+    _save(plans.plan(plan) if gpu is None else plans.with_roofline(plan, gpu, precision), out)
 
 
 # ---- functions -----------------------------------------------------------------------------------------------------
@@ -82,12 +94,12 @@ def surface(optimizer: str, lr: float | None, steps: int, start: str, out: str, 
     from gpubackprop.landscape import surface as values_of
 
     begin = _start(start)
-    plot = _plot(out, force)
+    plot = drawing(out, force)
     rate = lr if lr is not None else RATE if optimizer not in ("adadelta", "lbfgs") else 1.0
     path = descend(line_loss, begin, OPTIMIZERS[optimizer](lr=rate), steps)
     m, b = path[-1]
     say("end", f"m {m:.6g}, b {b:.6g}, loss {line_loss(m, b):.6g} after {len(path) - 1} steps")
-    _save(plot, plot.surface(values_of(line_loss, *LINE, step=0.01), path=path), out)
+    _save(plot.surface(values_of(line_loss, *LINE, step=0.01), path=path), out)
 
 
 def _start(text: str) -> list[float]:
@@ -120,8 +132,9 @@ def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool
       gpubackprop plot race --on valley --steps 3000 --out valley.pdf
     """
     from gpubackprop import landscape
+    from gpubackprop.plot.figures import new_axes
 
-    plot = _plot(out, force)
+    plot = drawing(out, force)
     start, grid, rate, count = GROUNDS[ground]
     function = getattr(landscape, ground)
     racers = landscape.racers(rate if lr is None else lr)
@@ -131,10 +144,10 @@ def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool
         left = landscape.steps_until(path, lambda point: abs(point[1]) > 1) if ground == "saddle" else None
         until = f"; |y| > 1 after {left} steps" if left else ""
         say(name, f"x {x:.4g}, y {y:.4g} after {len(path) - 1} steps{until}")
-    left_axes, right_axes = plot.new_axes(13, 4.8, columns=2)
+    left_axes, right_axes = new_axes(13, 4.8, columns=2)
     plot.race(landscape.surface(function, *grid, points=201), paths, left_axes)
     left_axes.get_legend().remove()  # the other one has the same lines
-    _save(plot, plot.progress(function, paths, right_axes), out)
+    _save(plot.progress(function, paths, right_axes), out)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -160,7 +173,7 @@ def curves(
       gpubackprop plot curves iris.csv --target species --dropout 0 --figure accuracy --out accuracy.png
     """
     recipe = Recipe(hidden=sizes(hidden, "--hidden"), **settings)
-    plot = _plot(out, force, data)
+    plot = drawing(out, force, data)
     run = Run(data, runs.read(data, target, task), recipe)
     known = ["loss", *run.trainer.objective.metrics]
     if figure not in known:
@@ -171,7 +184,7 @@ def curves(
     history = run.trainer.history
     say("train", f"{figure} {history[figure][-1]:.6g}")
     say("held out", f"{figure} {history[f'val_{figure}'][-1]:.6g}")
-    _save(plot, plot.curves(history, figure), out)
+    _save(plot.curves(history, figure), out)
 
 
 @pictures.command()
@@ -191,13 +204,13 @@ def gradients(model: str, data: str, device: str, out: str, force: bool) -> None
     """
     from gpubackprop.report import gradient_report
 
-    plot = _plot(out, force, model, data)
+    plot = drawing(out, force, model, data)
     network, _, table = _read(model, data, device)
     rows = np.random.default_rng(0).permutation(len(table.x))[:ROWS]
     trainer = Trainer(network, runs.trained_loss(network), device=device, seed=0)
     report = gradient_report(trainer, table.x[rows], np.asarray(table.y)[rows])
     show(report.advice)
-    _save(plot, plot.gradient_flow(report), out)
+    _save(plot.gradient_flow(report), out)
 
 
 @pictures.command()
@@ -215,7 +228,7 @@ def regions(model: str, data: str, columns: str | None, device: str, out: str, f
     Example:
       gpubackprop plot regions iris.safetensors iris.csv --columns length,width --out regions.svg
     """
-    plot = _plot(out, force, model, data)
+    plot = drawing(out, force, model, data)
     network, extra, table = _read(model, data, device)
     chosen = None if columns is None else _columns(columns, table)
     if chosen is None and table.x.shape[1] != 2:
@@ -225,7 +238,7 @@ def regions(model: str, data: str, columns: str | None, device: str, out: str, f
     axes = plot.decision_regions(
         network, table.x, table.y, columns=chosen, classes=extra.get("classes"), names=table.columns
     )
-    _save(plot, axes, out)
+    _save(axes, out)
 
 
 def _read(model: str, data: str, device: str) -> tuple[Any, dict[str, Any], Table]:

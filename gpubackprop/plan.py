@@ -16,7 +16,19 @@ import numpy.typing as npt
 from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, is_on_device, setting, use_workspace
 from gpubackprop.observe import observing
 
-__all__ = ["Plan", "aligned", "current_layer", "empty", "held", "recording", "release", "run", "running", "within"]
+__all__ = [
+    "Plan",
+    "aligned",
+    "allocation",
+    "current_layer",
+    "empty",
+    "held",
+    "recording",
+    "release",
+    "run",
+    "running",
+    "within",
+]
 
 _current: ContextVar["Plan | None"] = ContextVar("plan", default=None)
 _layer: ContextVar[str] = ContextVar("layer", default="")
@@ -215,7 +227,7 @@ def held(*roots: object) -> list[Buffer]:
             continue
         seen[id(thing)] = thing
         if isinstance(thing, np.ndarray) or is_on_device(thing):
-            owner = _owner(thing)
+            owner = allocation(thing)
             found[id(owner)] = owner
         elif hasattr(thing, "kept"):
             ahead.append(thing.kept)
@@ -226,7 +238,8 @@ def held(*roots: object) -> list[Buffer]:
     return list(found.values())
 
 
-def _owner(buffer: Buffer) -> Buffer:
+def allocation(buffer: Buffer) -> Buffer:
+    """The whole of what was allocated, of which the buffer is a part."""
     owner = base = buffer
     while (base := getattr(base, "base", None)) is not None:  # at the end may stand a file's or another library's
         owner = base if hasattr(base, "nbytes") else owner

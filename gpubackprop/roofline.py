@@ -9,7 +9,7 @@ from gpubackprop.backends.base import Launch
 from gpubackprop.formulas import LOSSES, RULES
 from gpubackprop.plan import Plan
 
-__all__ = ["FLOORS", "GPUS", "Gpu", "Traffic", "floor", "launches", "modelled", "roofline", "traffic"]
+__all__ = ["FLOORS", "GPUS", "Gpu", "Traffic", "attained", "floor", "launches", "modelled", "roofline", "traffic"]
 
 
 # ---- floors --------------------------------------------------------------------------------------------------------
@@ -125,6 +125,12 @@ def modelled(plan: Plan, gpu: Gpu, precision: str) -> list[tuple[Launch, float, 
         memory = launch.bytes / (gpu.bandwidth * 1e9)
         found.append((launch, max(arithmetic, memory), "arithmetic" if arithmetic > memory else "memory"))
     return found
+
+
+def attained(plan: Plan, gpu: Gpu, precision: str) -> list[tuple[Launch, float, float]]:
+    """Each launch that has operations, how many it has per byte it moves, and how many a second the peaks allow."""
+    found = ((launch, seconds) for launch, seconds, _ in modelled(plan, gpu, precision) if launch.flops)
+    return [(launch, launch.flops / launch.bytes, launch.flops / seconds) for launch, seconds in found]
 
 
 def roofline(plan: Plan, gpu: Gpu, precision: str) -> str:

@@ -192,7 +192,6 @@ def test_run_writes_what_compare_and_plot_read(tmp_path):
     slower = [replace(f, seconds=[9 * s for s in f.seconds]) for f in found]
     write(str(tmp_path / "b.json"), [replace(f, case=f.case.removesuffix(", smoke")) for f in slower])
     assert "no measured case in common" in command("compare", path, str(tmp_path / "b.json")).output  # smoke is marked
-    pytest.importorskip("matplotlib")
     done = command("plot", str(tmp_path / "b.json"), "--out", str(tmp_path / "out"))
     assert done.exit_code == 0, done.output
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"train.svg", "scaling-depth.svg"}

@@ -465,6 +465,17 @@ def test_explain_says_nothing_of_cuda_on_the_cpu():
     assert "CUDA graph" not in run("explain", "--device", "cpu")
 
 
+def test_explain_draws_the_step(folder):
+    output = run("explain", "--sizes", "7,5,3", "--out", "s.svg")
+    picture = (folder / "s.svg").read_text()
+    assert output == "saved       s.svg\n" + run("explain", "--sizes", "7,5,3")
+    assert picture.startswith("<?xml") and picture.count("<path") > 50
+    assert "s.svg: exists; use --force" in fails("explain", "--out", "s.svg")
+    run("explain", "--gpu", "t4", "--out", "s.svg", "--force")
+    assert (folder / "s.svg").read_text() != picture
+    assert "choose from .svg, .png, .pdf" in run("explain", "--out", "s.gif", status=2)
+
+
 @without_gpu
 def test_explain_models_a_gpu(folder):
     output = run("explain", "--gpu", "h100", "--precision", "bfloat16")
@@ -511,7 +522,6 @@ def test_help_has_an_example(command):
 
 
 def test_plot_surface_draws_the_line_and_its_descent(folder):
-    pytest.importorskip("matplotlib")
     output = run("plot", "surface", "--steps", 5000, "--out", "s.svg")
     m, b = np.polyfit(*(a.ravel() for a in gb.datasets.regression7()), 1)
     assert line_of(output, "end").endswith(f"m {m:.6g}, b {b:.6g}, loss 0.0180519 after 5000 steps")
@@ -525,7 +535,6 @@ def test_plot_surface_draws_the_line_and_its_descent(folder):
 
 
 def test_plot_race_says_when_each_leaves_the_saddle(folder):
-    pytest.importorskip("matplotlib")
     output = run("plot", "race", "--out", "r.svg")
     for name, steps in {"SGD": 698, "momentum": 140, "RMSprop": 72, "Adam": 77}.items():
         assert line_of(output, f"{name} ").endswith(f"|y| > 1 after {steps} steps")
@@ -539,7 +548,6 @@ def test_plot_race_says_when_each_leaves_the_saddle(folder):
 
 
 def test_plot_curves_trains_as_train_does(folder):
-    pytest.importorskip("matplotlib")
     write_flowers(folder / "f.csv")
     options = ["f.csv", "--target", "species", "--epochs", 4, "--hidden", 8]
     output = run("plot", "curves", *options, "--out", "c.svg")
@@ -567,7 +575,6 @@ def test_watching_the_rows_held_out_changes_no_weight():
 
 
 def test_plot_gradients_and_regions_of_a_saved_model(folder):
-    pytest.importorskip("matplotlib")
     write_flowers(folder / "f.csv")
     run("train", "f.csv", "--target", "species", "--epochs", 5, "--out", "m", "--quiet")
     assert re.search("healthy|vanishing|exploding|dead", run("plot", "gradients", "m", "f.csv", "--out", "g.svg"))
@@ -589,7 +596,6 @@ def test_plot_gradients_and_regions_of_a_saved_model(folder):
 
 
 def test_pictures_are_whole_and_replace_nothing_without_force(folder, monkeypatch):
-    pytest.importorskip("matplotlib")
     (folder / "s.svg").write_text("mine")
     assert fails("plot", "surface", "--out", "s.svg") == "s.svg: exists; use --force to replace it, or another name"
     line = "gpubackprop: s.jpg: is of unknown kind '.jpg'; choose from .svg, .png, .pdf\n"

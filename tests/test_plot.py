@@ -3,16 +3,18 @@
 import sys
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 
 import gpubackprop as gb
 from gpubackprop import landscape, plot
+from gpubackprop.plot import landscapes, plans
+from gpubackprop.roofline import GPUS
 
-matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +91,7 @@ def test_a_saddle_has_even_levels(axes):
 
 @pytest.mark.parametrize("decades, base", [(1.5, 2), (30, 100)])
 def test_levels_are_few_however_far_they_reach(decades, base):
-    levels = plot._log_levels(np.logspace(0, decades, 1000) - 1)
+    levels = landscapes._log_levels(np.logspace(0, decades, 1000) - 1)
     assert 4 < len(levels) < 22 and levels == sorted(set(levels))
     assert max(np.divide(levels[2:], levels[1:-1])) <= 2.5 * base
 
@@ -125,7 +127,7 @@ def test_a_race_shows_every_path(axes):
         assert np.array_equal(line.get_xydata(), points)
         inside = (np.abs(points) <= 1.5).all(1)
         assert label == (name if inside[-1] else f"{name}, out after {int(inside.sum())} steps")
-        assert 1 <= len(line.get_markevery()) <= plot.MARKS and inside[line.get_markevery()].all()
+        assert 1 <= len(line.get_markevery()) <= landscapes.MARKS and inside[line.get_markevery()].all()
     for key in ("color", "marker", "linestyle", "linewidth"):
         looks = {str(getattr(line, f"get_{key}")()) for line in shown}
         assert len(looks) == (7 if key in ("color", "marker", "linewidth") else 2)  # solid or dashed
@@ -375,6 +377,107 @@ def test_wrong_models_and_labels():
     model.output_kind = "identity"
     with pytest.raises(ValueError, match="was trained for regression"):
         plot.decision_regions(model, np.ones((1, 2)), [0])
+
+
+# ---- plans ---------------------------------------------------------------------------------------------------------
+
+
+def step(*layers, loss="cross_entropy", **settings):
+    model = gb.Sequential(*layers) if len(layers) > 1 else layers[0]
+    return gb.Trainer(model, loss, device="cpu", seed=0, **settings).plan(8)
+
+
+def named(axes):
+    """The launches' names with their places, column and row, from top to bottom."""
+    found = [(t.get_text(), *t.get_position()) for t in axes.texts if t.get_weight() == "bold"]
+    return [(name, "left" if x < plans.RIGHT else "right", round(y + 0.2)) for name, x, y in found]
+
+
+def arrows(axes):
+    """From which row on the left to which on the right results are used again."""
+    return sorted((a.xyann[1], a.xy[1]) for a in axes.texts if hasattr(a, "xyann") and a.xy[0] == plans.RIGHT)
+
+
+def test_a_plan_goes_down_to_the_loss_and_back_up(axes):
+    found = step(gb.Dense(4, 6, "relu"), gb.Dense(6, 3), optimizer="sgd")
+    assert plot.plan(found, axes) is axes
+    places = named(drawn(axes))
+    assert [name for name, *_ in places] == [launch.name for launch in found.launches]
+    left, right = ([row for _, side, row in places if side == way] for way in ("left", "right"))
+    assert left == sorted(left) == [0, 1, 2, 3, 4, 6] and right == sorted(right, reverse=True) == [5, 4, 3, 2, 1, 0]
+    assert {"layer 0", "layer 1", "loss"} <= set(texts(axes))
+    # the batch for dw of layer 0; h of layer 0 for its slope and for dw of layer 1; dx of the loss three times
+    assert arrows(axes) == [(0, 1), (2, 2), (2, 4), (6, 3), (6, 4), (6, 5)]
+    assert f"{found.flops:,} operations, {found.bytes:,} bytes moved" in axes.get_title(loc="left")
+    assert "MODEL" not in axes.get_title(loc="left")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: step(gb.Dense(4, 1), loss="mse"),  # a model without a path
+        lambda: step(gb.Dense(4, 2), gb.Activation("tanh"), loss=lambda o, t: gb.mse(gb.sigmoid(o), t)),
+        lambda: step(gb.Dense(4, 6, "gelu"), gb.BatchNorm(6), gb.Residual(gb.Dense(6, 6), gb.Dropout(0.5)),
+                     gb.Concatenate(gb.Dense(6, 2), gb.Sequential()), gb.Dense(8, 3), l2=0.1, clip_norm=1.0,
+                     accumulate=2, optimizer=gb.SGD(0.1, momentum=0.9, nesterov="lookahead")),
+    ],
+)  # fmt: skip
+def test_every_launch_of_a_plan_has_its_own_place(make):
+    found = make()
+    places = named(drawn(plot.plan(found)))
+    assert [name for name, *_ in places] == [launch.name for launch in found.launches]
+    assert len({place[1:] for place in places}) == len(places)
+
+
+def test_bars_are_as_long_as_the_work(axes):
+    found = step(gb.Dense(4, 6, "relu"), gb.Dense(6, 3))
+    plot.plan(found, axes)
+    widths = [bar.get_width() for bar in axes.patches if bar.get_height() == pytest.approx(0.075)]
+    for key, own in (("flops", widths[::2]), ("bytes", widths[1::2])):
+        values = np.array([getattr(launch, key) for launch in found.launches])
+        np.testing.assert_allclose(own, plans.WIDTH * values / values.max())
+
+
+def test_times_of_a_plan_are_labelled_a_model(axes):
+    found = step(gb.Dense(4, 6, "relu"), gb.Dense(6, 3))
+    plot.plan(found, axes, gpu="h100", precision="tf32")
+    assert "roofline MODEL of one NVIDIA H100 SXM, tf32 products, not a measurement" in axes.get_title(loc="left")
+    assert sum(t.endswith(" ns") for t in texts(axes)) == len(found.launches)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_roofline_has_each_launch_on_its_roof(axes, precision):
+    found, gpu = step(gb.Dense(4, 6, "relu"), gb.Dense(6, 3)), GPUS["a100"]
+    assert plot.roofline(found, "a100", precision, axes) is axes
+    drawn(axes)
+    assert "MODEL" in axes.get_title(loc="left") and "not a measurement" in axes.get_title(loc="left")
+    points = {k.split(" ×")[0]: line.get_xydata() for k, line in lines(axes).items() if not k.startswith("roof")}
+    for name, at in points.items():
+        launches = [launch for launch in found.launches if launch.name == name]
+        peak = gpu.rate(precision) if name == "gemm" else gpu.float32 * 1e12
+        for launch, (intensity, rate) in zip(launches, at, strict=True):
+            assert intensity == pytest.approx(launch.flops / launch.bytes)
+            assert rate == pytest.approx(min(peak, intensity * gpu.bandwidth * 1e9) / 1e12)
+    assert set(points) == {launch.name for launch in found.launches if launch.flops}
+    assert sum(k.startswith("roof of") for k in lines(axes)) == (1 if precision == "float32" else 2)
+
+
+def test_both_stand_side_by_side():
+    axes = plans.with_roofline(step(gb.Dense(4, 3)), "t4")
+    assert ["MODEL" in a.get_title(loc="left") for a in drawn(axes).get_figure().axes] == [True, True]
+
+
+def test_bad_plans_are_named():
+    found = step(gb.Dense(4, 3))
+    with pytest.raises(TypeError, match=r"plan: plan is Sequential; expected what trainer\.plan\(batch_size\) returns"):
+        plot.plan(gb.mlp([2, 2]))
+    with pytest.raises(ValueError, match="roofline: the plan has no launches"):
+        plot.roofline(gb.Plan(gb.get_backend("cpu")), "h100")
+    with pytest.raises(ValueError, match="plan: unknown gpu 'gtx'; choose from 't4'"):
+        plot.plan(found, gpu="gtx")
+    with pytest.raises(ValueError, match="roofline: unknown precision 'int8'; choose from"):
+        plot.roofline(found, "h100", "int8")
+    assert pyplot.get_fignums() == []
 
 
 # ---- figures and files ---------------------------------------------------------------------------------------------
