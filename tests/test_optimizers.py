@@ -416,13 +416,13 @@ def following(optimizer, path, x, t):
 
 
 @pytest.mark.parametrize("name", PATHS["paths"])
-def test_weights_follow_the_stored_path_of_torch(name, rng):
+def test_seed_28_weights_follow_the_stored_path_of_torch(name, rng):
     _, x, t, _ = net_case(rng)
     assert following(RULES[name][0], PATHS["paths"][name], x, t) <= 1e-12
 
 
 @pytest.mark.parametrize("name", PATHS["paths"])
-def test_weights_follow_torch(name, rng):
+def test_seed_28_weights_follow_torch(name, rng):
     pytest.importorskip("torch", reason="torch is not installed")
     from tests.torch_paths import path_of
 
