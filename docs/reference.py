@@ -18,8 +18,8 @@ GROUPS = {
     "Gradients of functions": "value_and_grad gradcheck hessian_vector_product",
     "The laboratory": "lab.gradients lab.compare lab.Gradient lab.Comparison lab.Graph+ lab.product_graph",
     "Pruning": "prune rewind shrink",
-    "Landscapes": "descend race surface landscape.Surface+ landscape.plane landscape.racers landscape.steps_until "
-                  "landscape.line_loss landscape.saddle landscape.valley",
+    "Landscapes": "landscape.descend landscape.race landscape.surface landscape.Surface+ landscape.plane "
+                  "landscape.racers landscape.steps_until landscape.line_loss landscape.saddle landscape.valley",
     "Pictures": "plot.curves plot.gradient_flow plot.decision_regions plot.surface plot.path plot.race plot.progress "
                 "plot.plan plot.roofline plot.save",
     "Tensors": "tensor Tensor+",
