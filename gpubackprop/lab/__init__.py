@@ -32,7 +32,7 @@ def gradients(
     cotangent: float = 1.0,
 ) -> Gradient:  # fmt: skip
     """cotangent · ∂L/∂w by the engine, of the mean loss L of a network over rows x with targets y, or of the output of
-    a `Graph` at the values x of its inputs.
+    a `Graph` at the values x of its inputs, in order or by name.
 
     A network infers: dropout passes on, batch norm takes its running statistics. `eps` is the step of the differences.
     Where there are more paths than `cap`, "paths" refuses and says how many. What unrolls a network, from "paths" to

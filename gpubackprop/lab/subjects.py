@@ -1,7 +1,7 @@
 """What engines differentiate: a graph of numbers, or a network on its rows; each unrolled to edges on demand."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,14 +96,15 @@ class GraphAt:
 
     def __init__(self, graph: Graph, x: Any) -> None:
         self.graph = graph
-        values = [x] if np.ndim(x) == 0 else list(x)
-        if len(values) != len(graph.inputs):
-            names = ", ".join(graph.inputs)
-            raise ValueError(
-                f"gradients: x has {len(values)} values, expected one for each input of the graph: {names}"
-            )
-        given = zip(graph.inputs, values, strict=True)
-        self.leaves = {k: tensor(number("gradients", k, v), requires_grad=True) for k, v in given}
+        names, values = ", ".join(graph.inputs), x
+        if not isinstance(x, Mapping):
+            several = np.atleast_1d(x).tolist()
+            if len(several) != len(graph.inputs):
+                raise ValueError(f"gradients: x has {len(several)} values, expected one for each of the inputs {names}")
+            values = dict(zip(graph.inputs, several, strict=True))
+        elif set(x) != set(graph.inputs):
+            raise ValueError(f"gradients: x has values for {', '.join(map(str, x))}, expected them for {names}")
+        self.leaves = {k: tensor(number("gradients", k, values[k]), requires_grad=True) for k in graph.inputs}
 
     def output(self) -> Tensor:
         return self.graph(*self.leaves.values())
