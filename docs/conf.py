@@ -14,7 +14,7 @@ sys.path.insert(0, str(DOCS))
 import gpubackprop  # noqa: E402
 import notes  # noqa: E402
 import pages  # noqa: E402
-import reference  # noqa: E402
+import public_names  # noqa: E402
 
 project, author = "gpubackprop", "The gpubackprop developers"
 release = version = gpubackprop.__version__
@@ -68,7 +68,7 @@ def _make(_: Any) -> None:
     _shown.update({page.stem: pages.shown(page, made) for page in pages.PAGES})
     (made / "sections.md").write_text(notes.sections(), encoding="utf-8")
     (made / "rows.md").write_text(notes.rows(), encoding="utf-8")
-    (made / "api.md").write_text(reference.page(), encoding="utf-8")
+    (made / "api.md").write_text(public_names.page(), encoding="utf-8")
     (made / "errata.md").write_text(notes.errata(), encoding="utf-8")
 
 

@@ -23,7 +23,7 @@ sys.path.append(str(DOCS))
 import matplotlib.pyplot  # noqa: E402
 import notes  # noqa: E402
 import pages  # noqa: E402
-import reference  # noqa: E402
+import public_names  # noqa: E402
 
 GUIDES = [page for page in pages.PAGES if any(True for _ in pages.blocks(page))]
 
@@ -120,7 +120,7 @@ def test_the_tables_hold_all_of_it():
 
 
 def test_the_api_page_lists_every_public_name_once():
-    listed = [name.removesuffix("+") for names in reference.GROUPS.values() for name in names.split()]
+    listed = [name.removesuffix("+") for names in public_names.GROUPS.values() for name in names.split()]
     assert len(listed) == len(set(listed))
     modules = {name for name in gb.__all__ if type(getattr(gb, name)).__name__ == "module"}
     public, found = {name: getattr(gb, name) for name in gb.__all__}, [notes.resolve(name) for name in listed]
@@ -129,4 +129,4 @@ def test_the_api_page_lists_every_public_name_once():
     for module in ("schedules", "plot", "sklearn"):
         own = notes.resolve(f"{module}.__name__") and sys.modules[f"gpubackprop.{module}"].__all__
         assert {f"{module}.{name}" for name in own} == {n for n in listed if n.startswith(f"{module}.")}
-    assert all(f"gpubackprop.{name}" in reference.page() for name in listed)
+    assert all(f"gpubackprop.{name}" in public_names.page() for name in listed)
