@@ -152,6 +152,10 @@ _LATER = {
 _MODULES_LATER = {"lab", "landscape", "plot", "schedules"}
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     if name in _MODULES_LATER:
         return import_module(f"gpubackprop.{name}")

@@ -16,6 +16,7 @@ from gpubackprop.diagnostics import copied
 from gpubackprop.initializers import draw
 from gpubackprop.model import Layer
 from gpubackprop.optimizers import SGD, Adadelta, Adagrad, Adam, Optimizer, RMSprop
+from gpubackprop.plan import recording
 from gpubackprop.rates import Rate
 from gpubackprop.shapes import broadcast_to
 from gpubackprop.tensor import Tensor, tensor
@@ -231,7 +232,7 @@ def _names(function: Function) -> tuple[str, str]:
 
 
 class Plane:
-    """The loss of a trainer's model at w + a·u + b·v, w its weights: a function for `surface`.
+    """The loss of a trainer's model at w + a·u + b·v, w its weights: a function for `surface`, without a gradient.
 
     u and v are arrays by parameter; `path` holds the coordinates (a, b) of the snapshots, `share` the part of their
     variance that lies in the plane: both None where u and v were drawn.
@@ -249,6 +250,9 @@ class Plane:
         self.share: float | None = None
 
     def __call__(self, a: Any, b: Any) -> Tensor:
+        if recording() is not None:
+            remedy = "train the trainer, and give plane its states as path"
+            raise RuntimeError(f"plane: the loss over a plane is measured, not differentiated; to descend it {remedy}")
         grids = np.broadcast_arrays(*(np.asarray(c, np.float64) for c in (a, b)))
         losses = [self._loss(*point) for point in zip(*(grid.ravel().tolist() for grid in grids), strict=True)]
         return tensor(np.reshape(losses, grids[0].shape))

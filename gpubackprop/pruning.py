@@ -42,7 +42,8 @@ def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
     scope="layer" each layer comes to that sparsity by itself. Ties go by position. What has no edge already, pruned or
     under a mask of yours, counts as pruned: sparsity only rises. A pruned weight is exactly 0 and stays so in training,
     also by a Trainer that trained before; a mask is saved with the model. Weights that were never drawn are drawn as
-    when the model is called, and a Trainer keeps them. A weight that layers share counts once.
+    when the model is called, and a Trainer keeps them. A weight that layers share counts once. Prune between fits: a
+    callback cannot, because the step that is running is recorded without the masks.
 
     Columns: layer (its path), weights, left, sparsity; `print` shows a table.
 

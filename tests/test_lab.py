@@ -200,6 +200,61 @@ def test_engines_agree_on_a_graph_of_several_inputs(engine):
         assert found.work == {"paths": 7, "products": 2 * (3 + 3 + 2) + 1}
 
 
+@pytest.mark.parametrize("engine", [e for e in lab.ENGINES if e != "plan"])
+def test_weights_without_an_edge_are_not_moved(engine, rng):
+    """Their gradient is 0 by every engine, and differences make no calls for them."""
+    model, (x, y) = network(sizes=(4, 6, 2)), batch(rng)
+    gb.prune(model, 0.5)
+    found, plan = (lab.gradients(model, x, y, e) for e in (engine, "plan"))
+    assert found.error(plan) <= DIFFERENCES.get(engine, 1e-12)
+    if engine in DIFFERENCES:
+        left = 18 + 8  # weights and biases
+        assert found.work == {"loss calls": left + 1 if engine == "finite_difference" else 2 * left}
+
+
+@pytest.mark.parametrize("engine", FOR_NETWORKS)
+def test_dropout_passes_on_and_activations_may_stand_behind(engine, rng):
+    model = gb.Sequential(gb.Dense(4, 3), gb.Activation("tanh"), gb.Dropout(0.5), gb.Dense(3, 2), dtype="float64")
+    x, y = batch(rng)
+    found, plan = (lab.gradients(model.initialize(0), x, y, e) for e in (engine, "plan"))
+    assert found.error(plan) <= 1e-12 and plan.value > 0
+
+
+def test_a_trainer_brings_its_loss(rng):
+    model, x, y = network(), rng.normal(size=(3, 4)), rng.normal(size=(3, 2))
+    for loss in ("mse", lambda o, t: gb.mse(gb.tanh(o), t)):
+        trainer = gb.Trainer(model, loss, seed=0)
+        for engine in ("plan", "matrix"):
+            by_trainer, by_model = lab.gradients(trainer, x, y, engine), lab.gradients(model, x, y, engine, loss=loss)
+            np.testing.assert_array_equal(by_trainer.flat, by_model.flat)
+    assert lab.gradients(trainer, x, y, loss="sse").value == pytest.approx(lab.gradients(model, x, y, loss="sse").value)
+
+
+def test_a_model_without_trained_weights_is_named(rng):
+    model = network()
+    for p in model.named_parameters().values():
+        p.requires_grad = False
+    with pytest.raises(ValueError, match="gradients: every weight is frozen"):
+        lab.gradients(model, *batch(rng))
+
+
+def test_seed_17_the_matrix_form_is_what_a_training_step_computes(rng):
+    """Δ(r) = (Δ(r+1) W(r+1)ᵀ) ⊙ f′(A(r)), dW(r) = Z(r−1)ᵀ Δ(r), in two products and one of two for the first layer."""
+    model, (x, y) = network("sigmoid"), batch(rng)
+    found = lab.gradients(model, x, y, "matrix")
+    gb.softmax_cross_entropy(model(x), y).backward()
+    for name, p in model.named_parameters().items():
+        np.testing.assert_allclose(found.gradients[name], p.grad.numpy(), rtol=1e-12, atol=1e-16)
+    a = x @ model.layers[0].weight.numpy() + model.layers[0].bias.numpy()
+    back = found.delta_pre["1"] @ model.layers[1].weight.numpy().T
+    np.testing.assert_allclose(found.delta_pre["0"], sigmoid(a) * (1 - sigmoid(a)) * back, rtol=1e-12)
+    assert found.work == {"forward": 1, "backward": 1, "matrix products": 3 * 3 - 1}
+
+
+def test_a_graph_is_a_function_of_numbers_too():
+    assert lab.product_graph(2)(1.5).item() == 1.5**4
+
+
 def test_inputs_that_reach_nothing_and_nodes_that_ignore_them():
     graph = lab.Graph("a", "unused")
     graph.node("dead end", gb.exp, "unused")
@@ -270,8 +325,25 @@ def test_a_comparison_lists_who_refuses(rng):
     assert text.splitlines()[-1].startswith("paths: there are ") and "numbers, by their norm" in text
     chosen = lab.compare(model, x, y, ["matrix", "matrix"])
     assert [g.engine for g in chosen.found] == ["plan", "matrix"]
-    with pytest.raises(ValueError, match="more than cap=1,000"):
-        lab.compare(model, x, y, ["paths"], cap=1000)
+    assert list(lab.compare(model, x, y, ["paths"], cap=1000).refused) == ["paths"]
+    with pytest.raises(ValueError, match="compare: unknown engine 'path'"):
+        lab.compare(model, x, y, ["path"])
+
+
+def test_an_engine_that_cannot_record_a_branch_is_listed():
+    graph = lab.Graph("w")
+    graph.node("y", lambda w: w * 2 if w > 0 else w, "w")
+    comparison = lab.compare(graph, 3.0)
+    assert [g.engine for g in comparison.found] == ["paths", "dynamic_programming"]
+    assert set(comparison.refused) == {"plan", "finite_difference", "central"} and "g of paths" in str(comparison)
+    graph.node("o", lambda y: gb.stack([y, y]).sum() if y > 0 else 3.0, "y")
+    with pytest.raises(TypeError, match="node 'o' returned float"):
+        lab.compare(graph, -1.0)
+
+
+def test_one_of_a_kind_is_said_in_the_singular():
+    text = str(lab.compare(composition(lambda w: -w), 2.0))
+    assert "1 path, 1 product " in text and "1 edge visit " in text and "2 loss calls" in text
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

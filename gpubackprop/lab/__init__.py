@@ -22,17 +22,19 @@ from gpubackprop.lab.subjects import Graph, GraphAt, NetworkAt, Subject, product
 from gpubackprop.model import Layer
 from gpubackprop.plan import aligned
 from gpubackprop.tensor import Tensor
+from gpubackprop.trainer import Trainer
 
 __all__ = ["ENGINES", "Comparison", "Gradient", "Graph", "compare", "gradients", "product_graph"]
 
 
 def gradients(
-    model_or_graph: Layer | Graph, x: Any, y: Any = None, engine: str = "plan", *,
-    loss: str | Callable[..., Tensor] = "cross_entropy", eps: float = 1e-6, cap: int = 1_000_000,
+    model_or_graph: Layer | Trainer | Graph, x: Any, y: Any = None, engine: str = "plan", *,
+    loss: str | Callable[..., Tensor] | None = None, eps: float = 1e-6, cap: int = 1_000_000,
     cotangent: float = 1.0,
 ) -> Gradient:  # fmt: skip
     """cotangent · ∂L/∂w by the engine, of the mean loss L of a network over rows x with targets y, or of the output of
-    a `Graph` at the values x of its inputs, in order or by name.
+    a `Graph` at the values x of its inputs, in order or by name. The loss is that of a Trainer given in place of its
+    model; for a model None means cross_entropy.
 
     A network infers: dropout passes on, batch norm takes its running statistics. `eps` is the step of the differences.
     Where there are more paths than `cap`, "paths" refuses and says how many. What unrolls a network, from "paths" to
@@ -50,7 +52,8 @@ def _at(model_or_graph: Any, x: Any, y: Any, loss: Any) -> Subject:
     if not isinstance(model_or_graph, Graph):
         return NetworkAt(model_or_graph, x, y, loss)
     if y is not None:
-        raise TypeError("gradients: got targets y, but what is differentiated of a graph is its last node; leave y out")
+        remedy = "leave y out, and name the engine as engine=…"
+        raise TypeError(f"gradients: got targets y, but the last node of a graph is what is differentiated; {remedy}")
     return GraphAt(model_or_graph, x)
 
 
@@ -88,20 +91,19 @@ class Comparison:
 
 
 def compare(
-    model_or_graph: Layer | Graph, x: Any, y: Any = None, engines: Sequence[str] | None = None, *,
-    loss: str | Callable[..., Tensor] = "cross_entropy", eps: float = 1e-6, cap: int = 1_000_000,
+    model_or_graph: Layer | Trainer | Graph, x: Any, y: Any = None, engines: Sequence[str] | None = None, *,
+    loss: str | Callable[..., Tensor] | None = None, eps: float = 1e-6, cap: int = 1_000_000,
 ) -> Comparison:  # fmt: skip
     """`gradients` by each engine (None: all that apply), with errors against the plan's; `print` it for one table of
     values, errors, work and time. An engine that refuses is listed with its reason."""
     at, asked = _at(model_or_graph, x, y, loss), _settings(eps, cap)
-    found, refused = [_run(at, "plan", asked)], dict[str, str]()
-    for engine in dict.fromkeys(_applying(at) if engines is None else engines):
-        if engine == "plan":
-            continue
+    found, refused = list[Gradient](), dict[str, str]()
+    for engine in dict.fromkeys(["plan", *(_applying(at) if engines is None else engines)]):
+        choice("compare", "engine", engine, ENGINES)
         try:
             found.append(_run(at, engine, asked))
-        except ValueError as error:
-            if engines is not None:
-                raise
+        except (ValueError, RuntimeError) as error:
             refused[engine] = str(error)
+    if not found:
+        raise ValueError(f"compare: no engine gives a gradient; {refused['plan']}")
     return Comparison(found, refused)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from gpubackprop import fused, ops
 from gpubackprop.checks import number, whole
-from gpubackprop.layers import Dense, Sequential
+from gpubackprop.formulas import Activation as Row
+from gpubackprop.layers import Activation, Dense, Dropout, InputNoise, Sequential, edges
 from gpubackprop.model import Layer, check_model
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer
@@ -55,7 +56,7 @@ class Graph:
         """The output."""
         if not self.nodes:
             raise ValueError("Graph: there is no node; add one with graph.node(name, function, *parents)")
-        values = dict(zip(self.inputs, inputs, strict=True))
+        values = {k: x if isinstance(x, Tensor) else tensor(x) for k, x in zip(self.inputs, inputs, strict=True)}
         for name, (function, parents) in self.nodes.items():
             values[name] = y = _checked(name, function(*(values[p] for p in parents)))
         return y
@@ -125,13 +126,21 @@ class GraphAt:
         """For each element of each leaf its node."""
         return ((name, 0, name) for name in self.leaves)
 
+    def movable(self, name: str) -> list[int]:
+        """The elements of a leaf that may be moved."""
+        return [0]
+
 
 class NetworkAt:
     """A copy of a network in float64, with the rows that its mean loss is taken over."""
 
-    def __init__(self, model: Layer, x: Any, y: Any, loss: str | Callable[..., Tensor]) -> None:
+    def __init__(self, model: Layer | Trainer, x: Any, y: Any, loss: str | Callable[..., Tensor] | None) -> None:
+        if isinstance(model, Trainer):
+            own = model.objective.function if model.objective.own else model.objective.name
+            model, loss = model.model, own if loss is None else loss
         check_model(model, "gradients")
         weights = model.state_dict()  # drawn as the model's first call would, if they are not yet
+        loss = "cross_entropy" if loss is None else loss
         trainer = Trainer(copy.deepcopy(model), loss, device="cpu", seed=0, precision="float64")
         trainer.model.load_state_dict(weights)
         rows, targets, _ = trainer._data(x, y, "gradients")
@@ -139,6 +148,8 @@ class NetworkAt:
         self.model, self.objective = trainer.model, trainer.objective
         self.rows, self.targets = (Tensor(back.asarray(np.array(a)), back) for a in (rows, targets))
         self.leaves = {k: p for k, p in self.model.named_parameters().items() if p.stepped}
+        if not self.leaves:
+            raise ValueError("gradients: every weight is frozen, so there is none to take; set requires_grad = True")
 
     def output(self) -> Tensor:
         return self._loss(self.model(self.rows))
@@ -151,8 +162,8 @@ class NetworkAt:
     def layers(self) -> list["_Affine"]:
         """The Dense layers' values forward: a = h W + b and Φ(a), with Φ′(a)."""
         h, found = self.rows.numpy(), list[_Affine]()
-        for path, layer in _dense_layers(self.model):
-            found.append(_Affine.of(path, layer, h))
+        for path, layer, activation in _affine_layers(self.model):
+            found.append(_Affine.of(path, layer, activation, h))
             h = found[-1].h
         return found
 
@@ -189,15 +200,25 @@ class NetworkAt:
         for name, p in self.leaves.items():
             yield from ((name, k, (p, *at)) for k, at in enumerate(np.ndindex(p.shape)))
 
+    def movable(self, name: str) -> list[int]:
+        """The elements of a leaf that may be moved: weights that have an edge."""
+        p = self.leaves[name]
+        return np.flatnonzero(edges(self.model).get(p, np.ones(p.shape))).tolist()
 
-def _dense_layers(model: Layer) -> Iterator[tuple[str, Dense]]:
+
+def _affine_layers(model: Layer) -> list[tuple[str, Dense, Row]]:
+    """The Dense layers with their paths, each with its activation, or with that of the Activation behind it."""
+    found: list[tuple[str, Dense, Row]] = []
     for path, layer in model.named_layers():
         if type(layer) is Dense:
-            yield path, layer
-        elif type(layer) is not Sequential:
+            found.append((path, layer, fused.activation_row(layer.activation)))
+        elif type(layer) is Activation and found and found[-1][2].name == "identity":
+            found[-1] = (*found[-1][:2], layer.row)
+        elif type(layer) not in (Sequential, Dropout, InputNoise):  # the latter pass on what comes
             raise ValueError(f"gradients: layer {path or type(layer).__name__!r} is {layer.describe()}; this engine "
-                             "takes Dense layers one after another; 'plan', 'finite_difference' and 'central' take "
-                             "any")  # fmt: skip
+                             "takes Dense layers one after another, with their activations; 'plan', "
+                             "'finite_difference' and 'central' take any")  # fmt: skip
+    return found
 
 
 @dataclass(eq=False)
@@ -214,14 +235,14 @@ class _Affine:
     slope: Floats
 
     @classmethod
-    def of(cls, path: str, layer: Dense, x: Floats) -> "_Affine":
+    def of(cls, path: str, layer: Dense, activation: Row, x: Floats) -> "_Affine":
         w = layer.weight.numpy()
         a = tensor(x @ w if layer.bias is None else x @ w + layer.bias.numpy(), requires_grad=True)
-        y = ops.unary(a, fused.activation_row(layer.activation))
+        y = ops.unary(a, activation)
         y.backward(np.ones(a.shape))
         slope = np.zeros(a.shape) if a.grad is None else a.grad.numpy()
-        edges = np.ones(w.shape) if layer.mask is None else layer.mask.numpy()
-        return cls(path, layer.weight, layer.bias, w, edges, x, y.numpy(), slope)
+        there = np.ones(w.shape) if layer.mask is None else layer.mask.numpy()
+        return cls(path, layer.weight, layer.bias, w, there, x, y.numpy(), slope)
 
     def into(self, j: int) -> Iterable[tuple[int, float]]:
         """The weights into unit j, of the edges that there are."""
