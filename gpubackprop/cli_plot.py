@@ -18,10 +18,10 @@ from gpubackprop.trainer import Trainer
 __all__ = ["drawing", "pictures", "save_plan"]
 
 LINE = ((-2.0, 4.0), (-6.0, 8.0))  # where the line's loss is drawn: m and b
-RATE = 0.05  # which descends the line in visible zigzags; beyond 0.068 it diverges
-GROUNDS: dict[str, Any] = {  # start, grid, learning rate at which none diverges, steps in which something happens
-    "saddle": ((-1.0, 1e-6), ((-1.5, 1.5), (-1.5, 1.5)), 0.01, 750),
-    "valley": ((-1.2, 1.0), ((-2.0, 2.0), (-1.0, 3.0)), 0.001, 1000),
+RATE = 0.06  # which descends the line in visible zigzags; beyond 0.068 it diverges
+GROUNDS: dict[str, Any] = {  # start, grid, rates of racers at which none diverges, steps in which something happens
+    "saddle": ((-1.0, 1e-6), ((-1.5, 1.5), (-1.5, 1.5)), (0.01, 0.01), 750),
+    "valley": ((-1.2, 1.0), ((-2.0, 2.0), (-1.0, 3.0)), (0.001, 0.05), 1000),
 }
 ROWS = 1000  # that gradients are looked at with
 
@@ -117,7 +117,11 @@ def _start(text: str) -> list[float]:
 @click.option("--on", "ground", type=click.Choice(list(GROUNDS)), default="saddle", show_default=True,
               help="x² - y², or Rosenbrock's curved valley.")  # fmt: skip
 @click.option("--steps", type=int, help="Steps of each.  [default: 750 on the saddle, 1000 in the valley]")
-@click.option("--lr", type=float, help="Learning rate.  [default: 0.01 on the saddle, 0.001 in the valley]")
+@click.option(
+    "--lr",
+    type=float,
+    help="Learning rate of all.  [default: 0.01 on the saddle; in the valley 0.001, 0.05 of Adagrad, RMSprop and Adam]",
+)
 @_out
 @force
 def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool) -> None:
@@ -135,9 +139,9 @@ def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool
     from gpubackprop.plot.figures import new_axes
 
     plot = drawing(out, force)
-    start, grid, rate, count = GROUNDS[ground]
+    start, grid, rates, count = GROUNDS[ground]
     function = getattr(landscape, ground)
-    racers = landscape.racers(rate if lr is None else lr)
+    racers = landscape.racers(*(rates if lr is None else (lr,)))
     paths = landscape.race(function, start, racers, count if steps is None else steps)
     for name, path in paths.items():
         x, y = path[-1]
@@ -147,6 +151,8 @@ def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool
     left_axes, right_axes = new_axes(13, 4.8, columns=2)
     plot.race(landscape.surface(function, *grid, points=201), paths, left_axes)
     left_axes.get_legend().remove()  # the other one has the same lines
+    lr, adaptive = rates if lr is None else (lr, lr)
+    right_axes.set_title(f"learning rate {lr:g}" + f", {adaptive:g} of Adagrad, RMSprop and Adam" * (lr != adaptive))
     _save(plot.progress(function, paths, right_axes), out)
 
 

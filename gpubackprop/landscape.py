@@ -120,17 +120,19 @@ def _point(start: Any, where: str) -> list[float]:
     return [number(where, f"start[{i}]", value) for i, value in enumerate(values)]
 
 
-def racers(lr: Rate = 0.01) -> dict[str, Optimizer]:
-    """Seven optimizers by name, at one learning rate; Adadelta has none (ours is a factor, which stays 1), and the mean
-    of RMSprop goes back ten steps, as in Hinton's lecture."""
+def racers(lr: Rate = 0.01, adaptive: Rate | None = None) -> dict[str, Optimizer]:
+    """Seven optimizers by name, at one learning rate, or Adagrad, RMSprop and Adam at the `adaptive` one, which is
+    about the length of their steps. Adadelta has none (ours is a factor, which stays 1), and the mean of RMSprop goes
+    back ten steps, as in Hinton's lecture."""
+    adaptive = lr if adaptive is None else adaptive
     return {
         "SGD": SGD(lr),
         "momentum": SGD(lr, momentum=0.9),
         "Nesterov": SGD(lr, momentum=0.9, nesterov="lookahead"),
-        "Adagrad": Adagrad(lr),
+        "Adagrad": Adagrad(adaptive),
         "Adadelta": Adadelta(),
-        "RMSprop": RMSprop(lr, rho=0.9),
-        "Adam": Adam(lr),
+        "RMSprop": RMSprop(adaptive, rho=0.9),
+        "Adam": Adam(adaptive),
     }
 
 

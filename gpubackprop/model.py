@@ -376,7 +376,9 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _short(argument: Any) -> str:
-    return f"array{argument.shape}" if isinstance(argument, np.ndarray) else str(argument)
+    if isinstance(argument, np.ndarray):
+        return f"array{argument.shape}"
+    return str(getattr(argument, "__name__", argument))
 
 
 def as_dtype(dtype: npt.DTypeLike, where: str) -> npt.DTypeLike:

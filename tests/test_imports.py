@@ -107,3 +107,8 @@ def test_importing_loads_nothing_heavy():
 def test_importing_costs_at_most_60_ms_over_numpy():
     code = "import time, numpy; t = time.perf_counter(); import gpubackprop; print(time.perf_counter() - t)"
     assert min(float(run_python(code)) for _ in range(6)) <= 0.060  # the first run compiles
+
+
+def test_names_loaded_later_are_listed():
+    code = "import gpubackprop as gb; print({'plot', 'prune', 'lab', 'Trainer'} <= set(dir(gb)), 'Any' in dir(gb))"
+    assert run_python(code) == "True False"

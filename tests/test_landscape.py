@@ -283,3 +283,16 @@ def test_plane_refuses(path, message, trained):
 def test_plane_takes_trainers():
     with pytest.raises(TypeError, match="plane: trainer is Sequential; expected a Trainer"):
         plane(gb.mlp([2, 2]), [[1, 2]], [0])
+
+
+def test_a_plane_is_measured_and_cannot_be_descended(rng):
+    trainer = gb.Trainer(gb.mlp([3, 4, 2]), seed=0)
+    plane = gb.landscape.plane(trainer, rng.normal(size=(9, 3)), rng.integers(0, 2, 9))
+    with pytest.raises(RuntimeError, match=r"plane: the loss over a plane is measured, not differentiated; .* as path"):
+        gb.descend(plane, (1.0, 1.0), gb.Adam(0.05), 3)
+
+
+def test_racers_may_have_a_rate_of_their_own_for_adaptive_ones():
+    rates = {name: optimizer.lr for name, optimizer in gb.landscape.racers(0.1, 0.5).items()}
+    assert rates == {"SGD": 0.1, "momentum": 0.1, "Nesterov": 0.1, "Adagrad": 0.5, "Adadelta": 1.0, "RMSprop": 0.5,
+                     "Adam": 0.5}  # fmt: skip

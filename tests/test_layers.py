@@ -1141,3 +1141,10 @@ def test_help_shows_what_a_layer_takes():
             pass
 
     assert str(inspect.signature(Own)) == "(width, *more)"
+
+
+def test_printing_names_functions_and_arrays_by_what_they_are():
+    def own(shape, generator):
+        return np.zeros(shape)
+
+    assert gb.Dense(2, 1, init=own, mask=np.ones((2, 1))).describe() == "Dense(2, 1, init=own, mask=array(2, 1))"

@@ -57,7 +57,7 @@ def line_surface():
 # ---- surfaces and descents -----------------------------------------------------------------------------------------
 
 
-def test_a_surface_has_round_levels_above_its_lowest_point(axes):
+def test_seed_25_the_picture_has_logarithmic_contours_above_the_lowest_point(axes):
     found = line_surface()
     assert plot.surface(found, axes) is axes
     bar = drawn(axes).get_figure().axes[1]
@@ -105,12 +105,12 @@ def test_surfaces_of_any_kind_are_drawn(function, axes):
     drawn(plot.surface(gb.surface(function, (-1, 1), (-1, 1), points=21), axes))
 
 
-def test_a_path_is_drawn_as_it_is_with_both_ends(axes):
+def test_seed_25_the_picture_has_the_descent_with_both_ends_and_every_step(axes):
     points = gb.descend(landscape.line_loss, (-1, 6), gb.SGD(0.02), 30)
     plot.surface(line_surface(), axes, path=points)
     assert legend(axes)[1].startswith("descent from")
-    line, begin, end = axes.lines[-3:]
-    assert np.array_equal(line.get_xydata(), points)
+    line, begin, end, dots = axes.lines[-4:]
+    assert np.array_equal(line.get_xydata(), points) and np.array_equal(dots.get_xydata(), points)
     assert (begin.get_xydata().tolist(), begin.get_marker()) == ([[-1.0, 6.0]], "o")
     assert (end.get_xydata().tolist(), end.get_marker()) == ([points[-1].tolist()], "X")
     assert plot.path(points, axes, label="mine", color="red", linewidth=3) is axes
@@ -118,7 +118,7 @@ def test_a_path_is_drawn_as_it_is_with_both_ends(axes):
     drawn(axes)
 
 
-def test_a_race_shows_every_path(axes):
+def test_seed_29_the_picture_of_a_race_shows_every_path(axes):
     paths = gb.race(landscape.saddle, (-1, 1e-6), steps=150)
     assert plot.race(gb.surface(landscape.saddle, (-1.5, 1.5), (-1.5, 1.5)), paths, axes) is axes
     shown = [line for line in axes.lines if len(line.get_xydata()) > 1]
@@ -226,11 +226,24 @@ def test_curves_with_holes_and_over_decades(axes):
     nan = np.nan
     drawn(plot.curves({"loss": [1.0, 0.1, 1e-3], "val_loss": [nan, nan, 0.5]}, axes=axes))
     assert axes.get_yscale() == "log" and legend(axes)[-1] == "best, 0.5 after epoch 3"
-    drawn(plot.curves({"loss": [nan, nan]}))
+    assert legend(axes)[-2] == "not finite in 2 epochs"
+    assert legend(axes)[2] == "gap, 0.499 at the end"
+    exploded = plot.curves({"loss": [1.0, 1e9, np.inf, nan]})
+    assert "not finite in 2 epochs" in legend(drawn(exploded))
+    assert legend(drawn(plot.curves({"loss": [nan]}))) == ["loss, training", "not finite in 1 epoch"]
+
+
+def test_a_loss_has_logarithmic_contours_wherever_its_lowest_point_lies(axes):
+    """A saddle, which goes below 0, has even ones."""
+    corner = gb.surface(lambda a, b: a * a + b * b, (0, 3), (0, 3), points=41)
+    bar = drawn(plot.surface(corner, axes)).get_figure().axes[1]
+    levels = [float(t.get_text()) for t in bar.get_yticklabels()]
+    assert levels[0] == 0 and levels[-1] / levels[1] > 100 and "lowest on the grid" in legend(axes)[0]
 
 
 @pytest.mark.parametrize("history, figure, error, message", [
     (HISTORY, "r2", ValueError, "curves: unknown figure 'r2'; the history has loss, val_loss, gap"),
+    ({"loss": []}, "loss", ValueError, "curves: the history is empty; train first"),
     ([1, 2], "loss", TypeError, "curves: history is list; expected what fit returns, or a trainer"),
 ])  # fmt: skip
 def test_wrong_histories(history, figure, error, message):

@@ -77,10 +77,10 @@ def in_text(number: float) -> str:
     return f"{number:.4g}".replace("-", "−")
 
 
-def legend_beside(axes: Axes, title: str = "", length: float = 3.5) -> None:
+def legend_beside(axes: Axes, title: str = "", length: float = 3.5, columns: int = 1) -> None:
     """A legend to the right of the Axes, where nothing is drawn."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False, title=title,
-                handlelength=length, alignment="left")  # fmt: skip
+                handlelength=length, alignment="left", ncols=columns)  # fmt: skip
 
 
 def legend_above(axes: Axes, columns: int = 2) -> None:

@@ -12,6 +12,7 @@ from gpubackprop.plot.figures import (
     GRID,
     ORANGE,
     SHADES,
+    VERMILLION,
     Axes,
     Floats,
     in_text,
@@ -30,22 +31,23 @@ MARKS = 7  # on a path
 def surface(surface: Surface, axes: Axes = None, path: Any = None) -> Axes:
     """Contours of a `gb.surface` with its lowest point, and a path of `gb.descend` over it.
 
-    Where the lowest point lies inside, the levels are 1, 2, 5, 10, … above it, as far as there are values; where it
-    lies on the border, as of a saddle, they are evenly spaced.
+    The levels are 1, 2, 5, 10, … above the lowest point, as far as there are values; where that lies on the border and
+    below 0, as of a saddle, they are evenly spaced.
     """
     _check_surface(surface, "surface")
     points = None if path is None else _points(path, "path")
     axes = new_axes() if axes is None else axes
     filled, inside = _contours(surface, axes, filled=True), _inside(surface)
     *lowest, value = surface.lowest
-    above = f" above the lowest, {in_text(value)}" if inside else ""
+    above = f" above the lowest, {in_text(value)}" if _is_bowl(surface) else ""
     bar = axes.get_figure().colorbar(filled, ax=axes, label=f"value{above}", ticks=filled.levels)
     bar.ax.set_yticklabels(map(in_text, filled.levels))
     where = ", ".join(f"{n} = {in_text(a)}" for n, a in zip(surface.names, lowest, strict=True))
     axes.plot(*lowest, "*", color=ORANGE, markeredgecolor="black", markersize=14, linestyle="none", clip_on=False,
               label=f"lowest{'' if inside else ' on the grid'}, {where}")  # fmt: skip
     if points is not None:
-        _path(points, axes, "descent from ○ to ✕", color="white", linewidth=2)
+        _path(points, axes, "descent from ○ to ✕, a dot a step", color="white", linewidth=0.8)
+        axes.plot(*points.T, ".", color=VERMILLION, markersize=3, markeredgewidth=0)
     legend_above(axes, columns=1)
     return axes
 
@@ -61,7 +63,7 @@ def _path(path: Any, axes: Axes, label: str | None = None, **line: Any) -> Axes:
     points = _points(path, "path")
     [drawn] = axes.plot(*points.T, label=label, **{"color": BLUE, "linewidth": 1.5} | line)
     edge = "black" if drawn.get_color() == "white" else "white"
-    drawn.set_path_effects([patheffects.withStroke(linewidth=drawn.get_linewidth() + 2, foreground=edge)])
+    drawn.set_path_effects([patheffects.withStroke(linewidth=drawn.get_linewidth() + 1.5, foreground=edge)])
     for point, marker in (points[0], "o"), (points[-1], "X"):
         axes.plot(*point, marker, color=drawn.get_color(), markeredgecolor=edge, markersize=9,
                   zorder=drawn.get_zorder() + 1)  # fmt: skip
@@ -153,13 +155,18 @@ def _inside(surface: Surface) -> bool:
     return first not in surface.first[[0, -1]] and second not in surface.second[[0, -1]]
 
 
+def _is_bowl(surface: Surface) -> bool:
+    """Whether heights are seen best from the lowest point: it lies inside, or values are of a kind that ends at 0."""
+    return _inside(surface) or surface.lowest[2] >= 0
+
+
 def _contours(surface: Surface, axes: Axes, filled: bool) -> Any:
-    """Draw contours of the value, above the lowest if that lies inside; set limits and the axes' names."""
+    """Draw contours of the value, of a bowl above its lowest point; set limits and the axes' names."""
     from matplotlib.colors import BoundaryNorm
 
-    inside = _inside(surface)
-    height = np.ma.masked_invalid(surface.values - surface.lowest[2] if inside else surface.values)
-    levels = _log_levels(height.compressed()) if inside else _even_levels(height.compressed())
+    bowl = _is_bowl(surface)
+    height = np.ma.masked_invalid(surface.values - surface.lowest[2] if bowl else surface.values)
+    levels = _log_levels(height.compressed()) if bowl else _even_levels(height.compressed())
     rows, columns = (np.unique(np.linspace(0, n - 1, GRID).round().astype(int)) for n in height.shape)
     grid = surface.first[columns], surface.second[rows], height[np.ix_(rows, columns)]
     if filled:

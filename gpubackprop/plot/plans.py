@@ -155,8 +155,8 @@ def _reused(plan: Plan, places: Places) -> Iterator[tuple[int, int]]:
 def _box(axes: Axes, launch: Launch, left: float, row: int, most: dict[str, int], time: str) -> None:
     """One launch: its name and equation, its work in words, and bars of its operations and bytes."""
     axes.barh(row, WIDTH, 0.84, left, color="white", edgecolor="0.5", linewidth=0.8, zorder=2)
-    first, *more = launch.what.splitlines()
-    equation = f"{first} …" if more else first
+    *more, last = launch.what.splitlines()
+    equation = f"… {last}" if more else last  # of an update the line that changes the weights
     equation = equation if len(equation) <= MOST else f"{equation[: MOST - 1]}…"
     work = " · ".join(filter(None, (_brief(launch.flops, "op"), _brief(launch.bytes, "B"), time)))
     axes.text(left + 0.08, row - 0.2, launch.name, fontsize=8, va="center", weight="bold", zorder=3)

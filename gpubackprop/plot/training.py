@@ -40,7 +40,7 @@ def curves(history: Any, figure: str = "loss", axes: Axes = None) -> Axes:
     found = history.history if isinstance(history, Trainer) else history
     if not isinstance(found, Mapping):
         raise TypeError(f"curves: history is {type(history).__name__}; expected what fit returns, or a trainer")
-    if not found:
+    if not found or not len(_curve(found, figure)):
         raise ValueError("curves: the history is empty; train first")
     own = _curve(found, figure)
     held = _curve(found, f"val_{figure}") if f"val_{figure}" in found else None
@@ -51,8 +51,13 @@ def curves(history: Any, figure: str = "loss", axes: Axes = None) -> Axes:
     axes.plot(epochs, own, color=BLUE, marker=few, label=f"{figure}, training")
     if held is not None:
         axes.plot(epochs, held, color=VERMILLION, linestyle="--", marker=few or "", label=f"{figure}, validation")
-        gap = f"gap, {in_text(held[-1] - own[-1])} at the end"
-        axes.fill_between(epochs, own, held, color="0.85", linewidth=0, label=gap)
+        at_end = held[-1] - own[-1]
+        label = f"gap, {in_text(at_end)} at the end" if np.isfinite(at_end) else "gap"
+        axes.fill_between(epochs, own, held, color="0.85", linewidth=0, label=label)
+    bad = np.flatnonzero(~np.isfinite(own + (0 if held is None else held))) + 1
+    for k, epoch in enumerate(bad):
+        axes.axvspan(epoch - 0.5, epoch + 0.5, facecolor="none", edgecolor="0.5", hatch="//", linewidth=0,
+                     label=f"not finite in {len(bad)} epoch{'s' * (len(bad) > 1)}" if k == 0 else None)  # fmt: skip
     if np.isfinite(signed).any():
         at = int(np.nanargmin(np.where(np.isfinite(signed), signed, np.nan)))
         best = f"best, {in_text(found[key][at])} after epoch {at + 1}"
@@ -97,8 +102,8 @@ def gradient_flow(report: GradientReport, axes: Axes = None) -> Axes:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     for values, name, up, style in (
-        (delta, "of the pre-activations, ∂L/∂z", -0.13, {"color": BLUE, "marker": "o", "linestyle": "-"}),
-        (shown, "of the parameters, ∂L/∂w", 0.13, {"color": VERMILLION, "marker": "s", "linestyle": "none"}),
+        (delta, "of the pre-activations, ∂L/∂preact", -0.13, {"color": BLUE, "marker": "o", "linestyle": "-"}),
+        (shown, "of the parameters, ∂L/∂parameter", 0.13, {"color": VERMILLION, "marker": "s", "linestyle": "none"}),
     ):
         drawable = np.where((values > 0) & np.isfinite(values), values, np.nan)
         axes.plot(drawable, rows + up, label=name, markersize=7, linewidth=1, **style)
@@ -117,7 +122,7 @@ def gradient_flow(report: GradientReport, axes: Axes = None) -> Axes:
                   color=BLACK if sound else VERMILLION, fontweight="normal" if sound else "bold")  # fmt: skip
     axes.set_xlabel("root mean square of the gradient of the mean loss")
     axes.set_ylabel("layers, from input to output")
-    legend_above(axes)
+    legend_above(axes, columns=1)
     return axes
 
 
@@ -164,7 +169,8 @@ def decision_regions(
     count = scores.shape[1]
     labels = as_labels(y, count, where)
     texts = _named(classes, [str(i) for i in range(count)], f"{where}: the model has", "classes but classes")
-    axes = new_axes(7.2, 4.8) if axes is None else axes
+    beside = 1 + (count - 1) // 14  # columns of the legend
+    axes = new_axes(5.4 + 1.8 * beside, 4.8) if axes is None else axes
     _fill(scores.reshape(GRID, GRID, count), a, b, texts, axes)
     for k in np.unique(labels):
         points, style = rows[labels == k][:, [across, up]], line_style(k)
@@ -174,7 +180,7 @@ def decision_regions(
     axes.set_ylim(b[0], b[-1])
     axes.set_xlabel(titles[across])
     axes.set_ylabel(titles[up])
-    legend_beside(axes, "class", length=1)
+    legend_beside(axes, "class", length=1, columns=beside)
     return axes
 
 
