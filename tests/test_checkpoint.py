@@ -520,7 +520,9 @@ def test_initialize_after_loading_keeps_masks_and_scalers(tmp_path, rng):
     before = model.initialize(0).state_dict()
     gb.prune(model, 0.6)
     gb.save_model(model, tmp_path / "m.safetensors")
-    after = gb.load_model(tmp_path / "m.safetensors").initialize(1).state_dict()
+    loaded = gb.load_model(tmp_path / "m.safetensors")
+    assert str(loaded) == str(model) and "mask=array(4, 6)" in str(loaded)
+    after = loaded.initialize(1).state_dict()
     for key in ("0.mean", "0.scale"):
         np.testing.assert_array_equal(after[key], before[key])
     for key in ("1", "3"):
