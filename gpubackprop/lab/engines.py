@@ -4,8 +4,9 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import TypeVar
 
 import numpy as np
@@ -111,11 +112,14 @@ def _differences(at: Subject, settings: Settings, *, central: bool) -> Gradient:
     replay, eps, value = plan.sequence("forward"), settings.eps, y.item()
     places = {name: at.movable(name) for name in at.leaves}
 
-    def loss() -> float:
-        replay()
-        return float(y.data.reshape(()))
+    def slopes() -> tuple[dict[str, Floats], int]:
+        calls = count()
 
-    def slopes() -> dict[str, Floats]:
+        def loss() -> float:
+            next(calls)
+            replay()
+            return float(y.data.reshape(()))
+
         found = {name: np.zeros(p.shape) for name, p in at.leaves.items()}
         here = 0.0 if central else loss()  # once for all weights
         for name, p in at.leaves.items():
@@ -127,11 +131,10 @@ def _differences(at: Subject, settings: Settings, *, central: bool) -> Gradient:
                 w[k] = kept - eps
                 slope[k] = (above - loss()) / (2 * eps) if central else (above - here) / eps
                 w[k] = kept
-        return {name: settings.cotangent * slope for name, slope in found.items()}
+        return {name: settings.cotangent * slope for name, slope in found.items()}, next(calls)
 
-    found, seconds = _best(slopes)
-    moved = sum(map(len, places.values()))
-    return Gradient(value, found, {"loss calls": 2 * moved if central else moved + 1}, seconds)
+    (found, calls), seconds = _best(slopes)
+    return Gradient(value, found, {"loss calls": calls}, seconds)
 
 
 def _unrolled(at: Subject, settings: Settings, *, variables: str, sums: "Sums") -> Gradient:
@@ -186,24 +189,25 @@ def _along_paths(edges: list[Edge], sources: list[Node], settings: Settings) -> 
 def _matrix(at: Subject, settings: Settings) -> Gradient:
     """Δ = f′(A) ⊙ dH, dW = Zᵀ Δ, dB the sums of Δ over the rows, dH of the layer before = Δ Wᵀ."""
     assert isinstance(at, NetworkAt)
-    found: dict[object, Floats]
-    (found, deltas, dhs), seconds = _best(lambda: _in_matrices(at, settings.cotangent))
-    work = {"forward": 1, "backward": 1, "matrix products": 3 * len(deltas) - 1}
-    return Gradient(at.output().item(), {k: found[p] for k, p in at.leaves.items()}, work, seconds, deltas, dhs)
+    result, seconds = _best(lambda: _in_matrices(at, settings.cotangent))
+    return replace(result, seconds=seconds)
 
 
-def _in_matrices(at: NetworkAt, cotangent: float) -> tuple[dict[object, Floats], dict[str, Floats], dict[str, Floats]]:
-    """Gradients by parameter, δ and Δ by layer."""
-    layers, found = at.layers, dict[object, Floats]()
-    deltas, dhs = dict[str, Floats](), dict[str, Floats]()
+def _in_matrices(at: NetworkAt, cotangent: float) -> Gradient:
+    layers, found = at.layers, dict[object, Floats]()  # a product each, forward
+    products, deltas, dhs = len(layers), dict[str, Floats](), dict[str, Floats]()
     dh = cotangent * at.output_gradient(layers[-1].h)
     for layer in reversed(layers):
         dhs[layer.path], deltas[layer.path] = dh, (delta := layer.slope * dh)
         for p, gradient in ((layer.weight, (layer.x.T @ delta) * layer.edges), (layer.bias, delta.sum(0))):
             found[p] = found.get(p, 0.0) + gradient  # a layer that stands in several places
+        products += 1
         if layer is not layers[0]:  # nobody asks for the gradient of the data
             dh = delta @ layer.w.T
-    return found, deltas, dhs
+            products += 1
+    work = {"forward": 1, "backward": 1, "matrix products": products}
+    gradients = {name: found[p] for name, p in at.leaves.items()}
+    return Gradient(at.output().item(), gradients, work, delta_pre=deltas, delta_post=dhs)
 
 
 Sums = Callable[[list[Edge], list[Node], Settings], tuple[dict[Node, float], Work]]
