@@ -280,7 +280,8 @@ class Layer:
         _ = self._bound or self._own()
         named = self.named_parameters()
         if missing := [k for k in named if k not in state]:
-            raise ValueError(f"load_state_dict: {missing[0]!r} is missing; the model has {', '.join(named)}")
+            hint = "; gb.rewind keeps the masks that there are" * missing[0].endswith("mask")
+            raise ValueError(f"load_state_dict: {missing[0]!r} is missing; the model has {', '.join(named)}{hint}")
         if extra := [k for k in state if k not in named]:
             raise ValueError(f"load_state_dict: the model has no {extra[0]!r}; it has {', '.join(named)}")
         values = {k: np.asarray(state[k]) for k in named}

@@ -823,3 +823,11 @@ def test_shrinking_says_what_is_wrong():
         ValueError, match=r"^shrink: x has 1 rows, expected two or more; in one row every unit is const"
     ):
         gb.shrink(model, np.ones((1, 4)))
+
+
+def test_loading_a_state_of_before_pruning_points_to_rewind():
+    model = gb.mlp([4, 3, 2]).initialize(0)
+    state = model.state_dict()
+    gb.prune(model, 0.5)
+    with pytest.raises(ValueError, match=r"load_state_dict: '0\.mask' is missing; .*; gb\.rewind keeps the masks"):
+        model.load_state_dict(state)
