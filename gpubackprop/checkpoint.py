@@ -90,8 +90,8 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
         if isinstance(layer, Dense | Scaler):  # whose masks and statistics were given, not drawn
             for p in (p for _, p in layer._members() if isinstance(p, Parameter) and not p.trainable):
                 p.init = p.value
-        if isinstance(layer, Dense) and layer.mask is not None and "mask" in layer.arguments[1]:
-            layer.arguments[1]["mask"] = layer.mask.value  # in place of what stood for it
+        if isinstance(layer, Dense) and layer.mask is not None:
+            layer._argue(mask=layer.mask.value)  # in place of what stood for it
     return model.to(backend.device)
 
 

@@ -107,6 +107,17 @@ class Layer:
         self.arguments = arguments, keywords  # what rebuilds the layer: the architecture of a model file
         return self
 
+    def _argue(self, **changed: Any) -> None:
+        """Change what the layer is said to be made with, as far as its class takes arguments of these names."""
+        arguments, keywords = list(self.arguments[0]), dict(self.arguments[1])
+        names = list(signature(type(self).__init__).parameters)[1:]
+        for name, value in changed.items():
+            if name in names[: len(arguments)]:
+                arguments[names.index(name)] = value
+            elif name in names:
+                keywords[name] = value
+        self.arguments = tuple(arguments), keywords
+
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output; subclasses write it."""
         raise TypeError(f"{type(self).__name__} has no forward(x); write one that returns a tensor")

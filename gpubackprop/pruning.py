@@ -1,7 +1,6 @@
 """Fewer weights: the smallest taken out under masks, put back to earlier values, units that do nothing removed."""
 
 import copy
-import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -73,7 +72,7 @@ def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
                 mask = Parameter(w.shape, left[w].astype(np.float64), trainable=False)
                 for layer in layers:
                     layer.mask = mask
-                    _argue(layer, mask=left[w])
+                    layer._argue(mask=left[w])
         model._lay_out(device)  # anew, so that trainers see that what they keep is of before
         _check_held(model, sites)
     except Exception:
@@ -135,18 +134,6 @@ def _smallest(magnitudes: Array, sparsity: float, where: str) -> Bools:
     smallest = np.zeros(n, np.bool_)
     smallest[np.argsort(magnitudes, kind="stable")[:wanted]] = True
     return smallest
-
-
-def _argue(layer: Layer, **changed: Any) -> None:
-    """Change arguments that the layer is made with, as far as its class has them."""
-    arguments, keywords = list(layer.arguments[0]), dict(layer.arguments[1])
-    names = list(inspect.signature(type(layer).__init__).parameters)[1:]
-    for name, value in changed.items():
-        if name in names[: len(arguments)]:
-            arguments[names.index(name)] = value
-        elif name in names:
-            keywords[name] = value
-    layer.arguments = tuple(arguments), keywords
 
 
 def _check_held(model: Layer, sites: Sites) -> None:
@@ -296,14 +283,14 @@ def _cut(layer: Dense, inputs: Bools, units: Bools, shift: Floats | None = None)
     if bias is None and shift is not None and shift.any():
         bias = Parameter((len(units),))
         bias.settled, bias.requires_grad = weight.settled, weight.requires_grad
-        _argue(layer, bias=True)
+        layer._argue(bias=True)
     layer.inputs = int(inputs.sum())
     layer.weight = _part(weight, edges, _value(weight))
     layer.bias = None if bias is None else _part(bias, (units,), _value(bias) + (0 if shift is None else shift))
     layer.mask = None if mask is None else _part(mask, edges, _value(mask))
     given = {"init": layer.weight, "bias_init": layer.bias, "mask": layer.mask}
     arrays = {k: p.init for k, p in given.items() if p is not None and _is_array(p.init)}
-    _argue(layer, inputs=layer.inputs, units=int(units.sum()), **arrays)
+    layer._argue(inputs=layer.inputs, units=int(units.sum()), **arrays)
 
 
 def _part(p: Parameter, index: Any, value: Floats) -> Parameter:
