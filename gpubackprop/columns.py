@@ -2,7 +2,16 @@
 
 from typing import Any
 
-__all__ = ["Columns"]
+__all__ = ["Columns", "brief"]
+
+PREFIXES = {"G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}
+
+
+def brief(number: float, unit: str) -> str:
+    """To three digits, with a prefix: 65.5 kop, 680 B; of seconds downwards, 12 ns."""
+    known = {prefix: scale for prefix, scale in PREFIXES.items() if (scale <= 1 if unit == "s" else scale >= 1)}
+    prefix = next((prefix for prefix, scale in known.items() if number >= scale), list(known)[-1])
+    return f"{number / known[prefix]:.3g} {prefix}{unit}"
 
 
 class Columns(dict[str, list[Any]]):

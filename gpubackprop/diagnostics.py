@@ -233,9 +233,8 @@ def loss_of_weights(trainer: Trainer, x: Any, y: Any) -> tuple[Callable[..., Ten
     """
     where = "loss_of_weights"
     twin, batch = copied(trainer, where), trainer._batches + 1
-    loss = twin.objective.function if twin.objective.own else twin.objective.name
     double = Trainer(
-        twin.model, loss, device=twin.backend.device, seed=twin.seed, precision="float64",
+        twin.model, twin.objective.given, device=twin.backend.device, seed=twin.seed, precision="float64",
         label_smoothing=twin.objective.smoothing,
     )  # fmt: skip
     rows, targets, _ = double._data(x, y, where)

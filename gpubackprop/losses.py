@@ -36,6 +36,11 @@ class Objective:
         """Whether it is a user's callable, which returns the mean over the batch."""
         return self.step is None
 
+    @property
+    def given(self) -> str | Callable[..., Tensor]:
+        """What `objective` made it of, but for smoothing."""
+        return self.function if self.own else self.name
+
     def seed(
         self, output: Tensor, target: Tensor, table: StepTable, tally: Tally, count: bool, weights: Tensor | None = None
     ) -> tuple[Tensor, Buffer]:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gpubackprop.checks import choice, number, whole
-from gpubackprop.lab.engines import ENGINES, OF_NETWORKS, Gradient, Settings, duration
+from gpubackprop.columns import brief
+from gpubackprop.lab.engines import ENGINES, OF_NETWORKS, Gradient, Settings
 from gpubackprop.lab.subjects import Graph, GraphAt, NetworkAt, Subject, product_graph
 from gpubackprop.model import Layer
 from gpubackprop.plan import aligned
@@ -81,7 +82,7 @@ class Comparison:
     def __str__(self) -> str:
         first = self.found[0]
         rows = [("engine", "work", "gradient", "error", "time")]
-        rows += [(g.engine, *g.in_words(), f"{g.error(first):.1e}", duration(g.seconds)) for g in self.found]
+        rows += [(g.engine, *g.in_words(), f"{g.error(first):.1e}", brief(g.seconds, "s")) for g in self.found]
         rows += [(engine, "refused", "", "", "") for engine in self.refused]
         norms = f", {first.flat.size:,} numbers, by their norm" if first.flat.size > 1 else ""
         title = f"value {first.value:.12g}; its gradient{norms}; error: max |g − g of {first.engine}| / max |g|"

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import get_backend
+from gpubackprop.columns import brief
 from gpubackprop.lab.subjects import Edge, NetworkAt, Node, Subject
 from gpubackprop.plan import Plan
 
-__all__ = ["ENGINES", "OF_NETWORKS", "Gradient", "Settings", "duration"]
+__all__ = ["ENGINES", "OF_NETWORKS", "Gradient", "Settings"]
 
 Floats = npt.NDArray[np.float64]
 Work = dict[str, int]
@@ -57,16 +58,10 @@ class Gradient:
 
     def __str__(self) -> str:
         work, size = self.in_words()
-        return f"{self.engine}: {size} by {work} in {duration(self.seconds)}"
+        return f"{self.engine}: {size} by {work} in {brief(self.seconds, 's')}"
 
 
 _ONE = {"paths": "path", "products": "product", "edge visits": "edge visit", "launches": "launch", "flops": "flop"}
-
-
-def duration(seconds: float) -> str:
-    """With its unit, to three digits."""
-    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
-    return f"{scale * seconds:.3g} {unit}"
 
 
 @dataclass(frozen=True)
@@ -109,8 +104,7 @@ def _differences(at: Subject, settings: Settings, *, central: bool) -> Gradient:
     plan = Plan(get_backend("cpu"))
     with plan.record("forward"):
         y = at.output()
-    replay, eps, value = plan.sequence("forward"), settings.eps, y.item()
-    places = {name: at.movable(name) for name in at.leaves}
+    replay, eps, value, places = plan.sequence("forward"), settings.eps, y.item(), at.movable()
 
     def slopes() -> tuple[dict[str, Floats], int]:
         calls = count()
@@ -194,8 +188,8 @@ def _matrix(at: Subject, settings: Settings) -> Gradient:
 
 
 def _in_matrices(at: NetworkAt, cotangent: float) -> Gradient:
-    layers, found = at.layers, dict[object, Floats]()  # a product each, forward
-    products, deltas, dhs = len(layers), dict[str, Floats](), dict[str, Floats]()
+    layers, found, deltas, dhs = at.layers, dict[object, Floats](), dict[str, Floats](), dict[str, Floats]()
+    products = len(layers)  # forward
     dh = cotangent * at.output_gradient(layers[-1].h)
     for layer in reversed(layers):
         dhs[layer.path], deltas[layer.path] = dh, (delta := layer.slope * dh)

@@ -126,9 +126,9 @@ class GraphAt:
         """For each element of each leaf its node."""
         return ((name, 0, name) for name in self.leaves)
 
-    def movable(self, name: str) -> list[int]:
-        """The elements of a leaf that may be moved."""
-        return [0]
+    def movable(self) -> dict[str, list[int]]:
+        """The elements of each leaf that may be moved."""
+        return {name: [0] for name in self.leaves}
 
 
 class NetworkAt:
@@ -136,8 +136,8 @@ class NetworkAt:
 
     def __init__(self, model: Layer | Trainer, x: Any, y: Any, loss: str | Callable[..., Tensor] | None) -> None:
         if isinstance(model, Trainer):
-            own = model.objective.function if model.objective.own else model.objective.name
-            model, loss = model.model, own if loss is None else loss
+            loss = model.objective.given if loss is None else loss
+            model = model.model
         check_model(model, "gradients")
         weights = model.state_dict()  # drawn as the model's first call would, if they are not yet
         loss = "cross_entropy" if loss is None else loss
@@ -200,10 +200,10 @@ class NetworkAt:
         for name, p in self.leaves.items():
             yield from ((name, k, (p, *at)) for k, at in enumerate(np.ndindex(p.shape)))
 
-    def movable(self, name: str) -> list[int]:
-        """The elements of a leaf that may be moved: weights that have an edge."""
-        p = self.leaves[name]
-        return np.flatnonzero(edges(self.model).get(p, np.ones(p.shape))).tolist()
+    def movable(self) -> dict[str, list[int]]:
+        """The elements of each leaf that may be moved: not weights without an edge."""
+        known = edges(self.model)
+        return {name: np.flatnonzero(known.get(p, np.ones(p.shape))).tolist() for name, p in self.leaves.items()}
 
 
 def _affine_layers(model: Layer) -> list[tuple[str, Dense, Row]]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from gpubackprop.backends.base import Launch
 from gpubackprop.checks import choice
+from gpubackprop.columns import brief
 from gpubackprop.formulas import LOSSES
 from gpubackprop.plan import Plan, allocation
 from gpubackprop.plot.figures import BLUE, ORANGE, Axes, legend_beside, line_style, new_axes
@@ -53,7 +54,7 @@ def _draw(plan: Plan, axes: Axes, gpu: Gpu | None, precision: str) -> Axes:
     blocks = list(_blocks(plan))
     places, rows = _places(blocks), _rows(blocks)
     axes = new_axes(*_size(rows)) if axes is None else axes
-    times = {} if gpu is None else {id(n): _brief(s, "s") for n, s, _ in modelled(plan, gpu, precision)}
+    times = {} if gpu is None else {id(n): brief(s, "s") for n, s, _ in modelled(plan, gpu, precision)}
     most = {key: max(1, *(getattr(n, key) for n in plan.launches)) for key in ("flops", "bytes")}
     _bands(axes, blocks)
     for launch in plan.launches:
@@ -158,7 +159,7 @@ def _box(axes: Axes, launch: Launch, left: float, row: int, most: dict[str, int]
     *more, last = launch.what.splitlines()
     equation = f"… {last}" if more else last  # of an update the line that changes the weights
     equation = equation if len(equation) <= MOST else f"{equation[: MOST - 1]}…"
-    work = " · ".join(filter(None, (_brief(launch.flops, "op"), _brief(launch.bytes, "B"), time)))
+    work = " · ".join(filter(None, (brief(launch.flops, "op"), brief(launch.bytes, "B"), time)))
     axes.text(left + 0.08, row - 0.2, launch.name, fontsize=8, va="center", weight="bold", zorder=3)
     axes.text(left + WIDTH - 0.08, row - 0.2, work, fontsize=7, va="center", ha="right", color="0.25", zorder=3)
     axes.text(left + 0.08, row + 0.07, equation, fontsize=7.5, va="center", family="monospace", zorder=3)
@@ -170,16 +171,6 @@ def _title(plan: Plan, gpu: Gpu | None, precision: str) -> str:
     work = f"{len(plan.launches)} launches, {plan.flops:,} operations, {plan.bytes:,} bytes moved"
     model = "" if gpu is None else f"\ntimes: roofline MODEL of one {gpu.name}, {precision} products, not a measurement"
     return f"{plan.title} on {plan.backend.device}\n{work}{model}"
-
-
-_SCALES = {"G": 1e9, "M": 1e6, "k": 1e3, "": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9}
-
-
-def _brief(number: float, unit: str) -> str:
-    """To three digits, with a prefix: 65.5 kop, 680 B, 12 ns."""
-    known = {prefix: scale for prefix, scale in _SCALES.items() if (scale <= 1 if unit == "s" else scale >= 1)}
-    prefix = next((prefix for prefix, scale in known.items() if number >= scale), list(known)[-1])
-    return f"{number / known[prefix]:.3g} {prefix}{unit}"
 
 
 # ---- its bounds ----------------------------------------------------------------------------------------------------
