@@ -21,17 +21,8 @@ from .peers.gpubackprop import resident
 from .rounds import Figures
 
 __all__ = [
-    "along",
-    "circumstances",
-    "columns_of",
-    "compared",
-    "duration",
-    "hardware",
-    "read",
-    "scaling",
-    "table",
-    "write",
-]
+    "along", "circumstances", "columns_of", "compared", "duration", "hardware", "read", "scaling", "table", "write",
+]  # fmt: skip
 
 
 AXES = {"batch": ("row", 1), "width": ("unit²", 2), "depth": ("layer", 1), "samples": ("sample", 1)}

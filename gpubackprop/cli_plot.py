@@ -141,8 +141,8 @@ def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool
     plot = drawing(out, force)
     start, grid, rates, count = GROUNDS[ground]
     function = getattr(landscape, ground)
-    racers = landscape.racers(*(rates if lr is None else (lr,)))
-    paths = landscape.race(function, start, racers, count if steps is None else steps)
+    lr, adaptive = rates if lr is None else (lr, lr)
+    paths = landscape.race(function, start, landscape.racers(lr, adaptive), count if steps is None else steps)
     for name, path in paths.items():
         x, y = path[-1]
         left = landscape.steps_until(path, lambda point: abs(point[1]) > 1) if ground == "saddle" else None
@@ -151,7 +151,6 @@ def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool
     left_axes, right_axes = new_axes(13, 4.8, columns=2)
     plot.race(landscape.surface(function, *grid, points=201), paths, left_axes)
     left_axes.get_legend().remove()  # the other one has the same lines
-    lr, adaptive = rates if lr is None else (lr, lr)
     right_axes.set_title(f"learning rate {lr:g}" + f", {adaptive:g} of Adagrad, RMSprop and Adam" * (lr != adaptive))
     _save(plot.progress(function, paths, right_axes), out)
 

@@ -16,7 +16,6 @@ __all__ = [
 ]  # fmt: skip
 
 Axes = Any
-Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 
 # Okabe & Ito, "Color Universal Design", without the yellow, which is too light for lines on white.
@@ -83,6 +82,6 @@ def legend_beside(axes: Axes, title: str = "", length: float = 3.5, columns: int
                 handlelength=length, alignment="left", ncols=columns)  # fmt: skip
 
 
-def legend_above(axes: Axes, columns: int = 2) -> None:
+def legend_above(axes: Axes) -> None:
     """A legend over the Axes."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0, frameon=False, ncols=columns)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0, frameon=False)

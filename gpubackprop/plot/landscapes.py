@@ -48,16 +48,12 @@ def surface(surface: Surface, axes: Axes = None, path: Any = None) -> Axes:
     if points is not None:
         _path(points, axes, "descent from ○ to ✕, a dot a step", color="white", linewidth=0.8)
         axes.plot(*points.T, ".", color=VERMILLION, markersize=3, markeredgewidth=0)
-    legend_above(axes, columns=1)
+    legend_above(axes)
     return axes
 
 
 def path(path: Any, axes: Axes, label: str | None = None, **line: Any) -> Axes:
     """A path (steps + 1, 2) as a line, its start a circle, its end a cross; `line` goes to matplotlib's `plot`."""
-    return _path(path, axes, label, **line)
-
-
-def _path(path: Any, axes: Axes, label: str | None = None, **line: Any) -> Axes:
     from matplotlib import patheffects
 
     points = _points(path, "path")
@@ -68,6 +64,9 @@ def _path(path: Any, axes: Axes, label: str | None = None, **line: Any) -> Axes:
         axes.plot(*point, marker, color=drawn.get_color(), markeredgecolor=edge, markersize=9,
                   zorder=drawn.get_zorder() + 1)  # fmt: skip
     return axes
+
+
+_path = path  # where an argument has that name
 
 
 def race(surface: Surface, paths: Mapping[str, Any], axes: Axes = None) -> Axes:

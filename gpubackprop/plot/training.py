@@ -40,9 +40,9 @@ def curves(history: Any, figure: str = "loss", axes: Axes = None) -> Axes:
     found = history.history if isinstance(history, Trainer) else history
     if not isinstance(found, Mapping):
         raise TypeError(f"curves: history is {type(history).__name__}; expected what fit returns, or a trainer")
-    if not found or not len(_curve(found, figure)):
+    own = _curve(found, figure) if found else np.zeros(0)
+    if not own.size:
         raise ValueError("curves: the history is empty; train first")
-    own = _curve(found, figure)
     held = _curve(found, f"val_{figure}") if f"val_{figure}" in found else None
     key, signed = watched(found, figure if held is None else f"val_{figure}", "curves")
     axes = new_axes() if axes is None else axes
@@ -122,7 +122,7 @@ def gradient_flow(report: GradientReport, axes: Axes = None) -> Axes:
                   color=BLACK if sound else VERMILLION, fontweight="normal" if sound else "bold")  # fmt: skip
     axes.set_xlabel("root mean square of the gradient of the mean loss")
     axes.set_ylabel("layers, from input to output")
-    legend_above(axes, columns=1)
+    legend_above(axes)
     return axes
 
 
