@@ -529,3 +529,11 @@ def test_initialize_after_loading_keeps_masks_and_scalers(tmp_path, rng):
         np.testing.assert_array_equal(after[f"{key}.mask"], model.state_dict()[f"{key}.mask"])
         assert (after[f"{key}.weight"][after[f"{key}.mask"] == 0] == 0).all() and after[f"{key}.weight"].any()
     assert (after["1.weight"] != before["1.weight"]).any() and (after["2.variance"] == 1).all()
+
+
+def test_a_mask_given_by_position_is_printed_as_an_array_after_loading(tmp_path):
+    edges = np.eye(3, 2)
+    model = gb.Sequential(gb.Dense(3, 2, "identity", True, None, "zeros", edges)).initialize(0)
+    gb.save_model(model, tmp_path / "m.safetensors")
+    loaded = gb.load_model(tmp_path / "m.safetensors")
+    assert str(loaded) == str(model) and "array(3, 2)" in str(loaded)
