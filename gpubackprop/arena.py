@@ -60,23 +60,23 @@ class Parameter(Tensor):
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy as a NumPy array."""
-        if self.data is None:
+        if self.buffer is None:
             raise self._missing()
         return super().numpy()
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Element type."""
-        if self.data is None:
+        if self.buffer is None:
             raise self._missing()
         return super().dtype
 
     def __repr__(self) -> str:
-        return f"Parameter(shape={self._shape}, no value yet)" if self.data is None else super().__repr__()
+        return f"Parameter(shape={self._shape}, no value yet)" if self.buffer is None else super().__repr__()
 
     def host_value(self) -> npt.NDArray[Any] | None:
         """A copy of the value on the host, if there is one yet."""
-        return self.value if self.data is None else self.backend.to_numpy(self.data)
+        return self.value if self.buffer is None else self.backend.to_numpy(self.buffer)
 
     def __reduce__(self) -> Any:
         state = {"requires_grad": self.requires_grad, "settled": self.settled, "value": self.host_value()}
@@ -114,10 +114,10 @@ class Arena:
         self._copies: dict[np.dtype[Any], Buffer] = {}  # of the weights, which the updates write too
         for key, p in self.parameters.items():
             value = p.host_value()
-            p.data = p.master = self.slice(self.weights, key)
+            p.buffer = p.master = self.slice(self.weights, key)
             p.backend, p._home = backend, weakref.ref(self)
             if value is not None:
-                backend.write(p.data, value)
+                backend.write(p.buffer, value)
             p.value = p.grad_buffer = None
 
     def zeros(self) -> Buffer:
@@ -166,9 +166,9 @@ class Arena:
         """Inside, operations read the parameters from the copy in this type; gradients stay where they are."""
         copy = self.weights if self.dtype == dtype else self.copy_in(dtype)
         for key, p in self.parameters.items():
-            p.data = self.slice(copy, key)
+            p.buffer = self.slice(copy, key)
         try:
             yield
         finally:
             for p in self.parameters.values():
-                p.data = p.master
+                p.buffer = p.master

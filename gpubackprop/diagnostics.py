@@ -138,7 +138,7 @@ def copied(trainer: Trainer, where: str) -> Trainer:
 def gradient_at(t: Tensor) -> Buffer:
     """∂L/∂t after the backward pass; zeros if the loss does not depend on it."""
     if t.grad is not None:
-        return t.grad.data
+        return t.grad.buffer
     zeros = t.backend.empty(t.shape, t.dtype)
     t.backend.write(zeros, 0)
     return zeros
@@ -209,7 +209,7 @@ def explain_weight(trainer: Trainer, x: Any, y: Any, layer: str | int, i: int, j
     if weight.grad is None:
         raise ValueError(f"{where}: layer {layer!r} is frozen; set its weight.requires_grad = True")
     uses, read = [s for s in seen.sites.values() if _weight_of(s) is weight], seen.trainer.backend.to_numpy
-    tail = np.concatenate([read(s.x.data)[:, i] for s in uses]).astype(np.float64)
+    tail = np.concatenate([read(s.x.buffer)[:, i] for s in uses]).astype(np.float64)
     head = np.concatenate([read(gradient_at(s.preact))[:, j] for s in uses]).astype(np.float64)
     name = next(k for k, p in seen.trainer.model.named_parameters().items() if p is weight)
     return WeightGradient(name, i, j, tail, head, float(weight.grad.numpy()[i, j]))

@@ -56,11 +56,11 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity", mask: Ten
     bias = rest[0] if rest else None
     back = x.backend
     pre = y = empty(back, x.shape[:-1] + w.shape[-1:], x.dtype)
-    run(pre, lambda: back.gemm(x.data, w.data, pre, what="a = x @ w"))
+    run(pre, lambda: back.gemm(x.buffer, w.buffer, pre, what="a = x @ w"))
     if bias is not None or row.name != "identity":
         forward, reads = dense_graph(row, bias is not None), {"x": pre}
         if bias is not None:
-            reads["b"] = bias.data if w.ndim == 2 else bias.data.reshape(w.shape[0], 1, w.shape[2])
+            reads["b"] = bias.buffer if w.ndim == 2 else bias.buffer.reshape(w.shape[0], 1, w.shape[2])
         y = empty(back, pre.shape, x.dtype) if "x" in forward else pre
         writes = {"x": pre, "y": y} if "x" in forward else {"y": y}
         z = "a + b" if bias is not None else "a"
@@ -70,13 +70,13 @@ def dense(x: Any, w: Any, b: Any = None, activation: str = "identity", mask: Ten
     def backprop(dy: Buffer, grads: Gradients) -> None:
         dz = _activation_backward(row, bias, dy, pre, y, grads, back)
         grads.write(w, lambda dw, accumulate: back.gemm(
-            x.data, dz, dw, transpose_a=True, accumulate=accumulate, what="dw = xᵀ @ da"))  # fmt: skip
+            x.buffer, dz, dw, transpose_a=True, accumulate=accumulate, what="dw = xᵀ @ da"))  # fmt: skip
         if mask is not None and w.requires_grad:
             dw, masked = grads.buffers[w], PASSES["mask"].graph()
-            reads = {"g": dw, "mask": mask.data}
+            reads = {"g": dw, "mask": mask.buffer}
             run(dw, lambda: back.elementwise("mask", masked, reads, {"g": dw}, what="dw = 0 where the mask is"))
         grads.write(x, lambda dx, accumulate: back.gemm(
-            dz, w.data, dx, transpose_b=True, accumulate=accumulate, what="dx = da @ wᵀ"))  # fmt: skip
+            dz, w.buffer, dx, transpose_b=True, accumulate=accumulate, what="dx = da @ wᵀ"))  # fmt: skip
 
     return result(y, (x, w, *rest), backprop)
 
@@ -131,7 +131,7 @@ def _weights(loss: str, weights: Any, x: Tensor) -> Buffer | None:
     if weights is None:
         return None
     dtype = arithmetic(x.dtype)
-    w = weights.data if isinstance(weights, Tensor) else x.backend.asarray(np.asarray(weights, dtype))
+    w = weights.buffer if isinstance(weights, Tensor) else x.backend.asarray(np.asarray(weights, dtype))
     if w.shape != x.shape[:1] or w.dtype != dtype:
         raise ValueError(f"{loss}: the weights have shape {w.shape} and dtype {w.dtype}, but the output has shape "
                          f"{x.shape}; expected ({x.shape[0]},) of {dtype}")  # fmt: skip
@@ -151,7 +151,7 @@ def softmax_cross_entropy(logits: Any, target: Any, reduction: str = "mean", wei
     residual, total = empty(logits.backend, logits.shape, logits.dtype), empty(logits.backend, (), logits.dtype)
     back = logits.backend
     if logits.size:
-        run(total, lambda: back.softmax_cross_entropy(logits.data, t, residual, total, w=w))
+        run(total, lambda: back.softmax_cross_entropy(logits.buffer, t, residual, total, w=w))
     else:
         run(total, lambda: back.fill(total, 0.0))
 
@@ -173,7 +173,7 @@ def softmax_cross_entropy_step(
     w = _weights("softmax_cross_entropy", weights, output)
     dx, total = empty(back, output.shape, output.dtype), empty(back, (), table.control.dtype)
     run(total, lambda: back.softmax_cross_entropy(
-        output.data, t, dx, total, w=w, table=table, tally=tally, count=count))  # fmt: skip
+        output.buffer, t, dx, total, w=w, table=table, tally=tally, count=count))  # fmt: skip
     return dx
 
 
@@ -185,7 +185,7 @@ def smoothed(target: Tensor, logits: Tensor, share: float) -> Tensor:
     back, classes, dtype = logits.backend, logits.shape[1], arithmetic(logits.dtype)
     each = back.asarray(((1 - share) * np.eye(classes) + share / classes).astype(dtype)[None])  # a row for every label
     rows = empty(back, (len(target), classes), dtype)
-    run(rows, lambda: back.gather(each, target.data, rows[None]))
+    run(rows, lambda: back.gather(each, target.buffer, rows[None]))
     return Tensor(rows, back)
 
 
@@ -194,7 +194,7 @@ def _class_target(logits: Tensor, target: Any) -> Buffer:
     if isinstance(target, Tensor):
         if target.requires_grad:
             raise ValueError("softmax_cross_entropy: the target requires a gradient; detach() it")
-        t = target.data
+        t = target.buffer
         if t.dtype != np.intp and (t.dtype != arithmetic(logits.dtype) or t.ndim == 1):
             raise TypeError(f"softmax_cross_entropy: target of dtype {t.dtype} with logits of {logits.dtype}")
     else:
@@ -231,7 +231,7 @@ def _elementwise_loss(label: str) -> Callable[..., Tensor]:
         _check_target(label, x, t)
         total, back = empty(x.backend, (), x.dtype), x.backend
         forward, backward = _loss_graphs(LOSSES[row], weights is not None)
-        reads = {"x": x.data, "t": t.data, "k": _share(label, x)} | _by_row(label, weights, x)
+        reads = {"x": x.buffer, "t": t.buffer, "k": _share(label, x)} | _by_row(label, weights, x)
         what = f"total = Σ {_times(weights)}k · ({LOSSES[row].forward})"
         run(total, lambda: back.elementwise_sum(label, forward, reads, total, what=what))
 
@@ -258,7 +258,7 @@ def elementwise_loss_step(
     row, back = LOSSES[_ELEMENTWISE[label][0]], output.backend
     forward, backward = _loss_graphs(row, weights is not None, "scale * (1 / weight)")
     dx, total = empty(back, output.shape, output.dtype), empty(back, (), table.control.dtype)
-    reads = {"x": output.data, "t": target.data, "k": _share(label, output), "scale": table.control[:1]}
+    reads = {"x": output.buffer, "t": target.buffer, "k": _share(label, output), "scale": table.control[:1]}
     reads |= _by_row(label, weights, output)
     graph_, writes, w = {**forward, "dx": backward[RESULT]}, {"dx": dx}, _times(weights)
     of_batch = "rows" if weights is None else "Σw"
@@ -316,7 +316,7 @@ def dropout(x: Any, rate: float, seed: int = 0, site: int = 0, step: StepTable |
     if rate == 0:
         return tensors[0]
     y = empty(x.backend, x.shape, x.dtype)
-    run(y, lambda: x.backend.dropout(x.data, rate, seed, site, step, y))
+    run(y, lambda: x.backend.dropout(x.buffer, rate, seed, site, step, y))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         grads.write(x, lambda dx, accumulate: x.backend.dropout(dy, rate, seed, site, step, dx, accumulate=accumulate))
@@ -337,7 +337,7 @@ def noise(x: Any, sigma: float, seed: int = 0, site: int = 0, step: StepTable | 
     if sigma == 0:
         return tensors[0]
     y = empty(x.backend, x.shape, x.dtype)
-    run(y, lambda: x.backend.noise(x.data, sigma, seed, site, step, y))
+    run(y, lambda: x.backend.noise(x.buffer, sigma, seed, site, step, y))
     return result(y, (x,), lambda dy, grads: grads.hand_on(x, dy))
 
 
@@ -369,7 +369,7 @@ def _normalize(
     back, n = x.backend, x.shape[1 - axis]
     y = empty(back, x.shape, x.dtype)
     mean, variance, rstd = (empty(back, (n,), arithmetic(x.dtype)) for _ in range(3))
-    run(y, lambda: back.normalize(x.data, gain.data, bias.data, axis, eps, y, mean, variance, rstd))
+    run(y, lambda: back.normalize(x.buffer, gain.buffer, bias.buffer, axis, eps, y, mean, variance, rstd))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         slots = [grads.slot(t) if t.requires_grad else (None, False) for t in (x, gain, bias)]
@@ -378,6 +378,6 @@ def _normalize(
             if out is not None and not adds and not x.size:  # sums over no rows
                 run(out, partial(back.fill, out, 0.0))
         run(dy, lambda: back.normalize_backward(
-            dy, x.data, gain.data, mean, rstd, axis, dx, dgain, dbias, (a, b, c)))  # fmt: skip
+            dy, x.buffer, gain.buffer, mean, rstd, axis, dx, dgain, dbias, (a, b, c)))  # fmt: skip
 
     return result(y, (x, gain, bias), backprop), mean, variance

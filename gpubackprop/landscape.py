@@ -261,7 +261,7 @@ class Plane:
 
     def _loss(self, a: float, b: float) -> float:
         for k, p in self._parameters.items():
-            p.backend.write(p.data, self.origin[k] + a * self.u[k] + b * self.v[k])
+            p.backend.write(p.buffer, self.origin[k] + a * self.u[k] + b * self.v[k])
         return self._trainer._figures(*self._data)["loss"]
 
 

@@ -73,7 +73,7 @@ class Dense(Layer):
 
     def settle(self) -> None:
         if self.mask is not None:
-            self.weight.backend.write(self.weight.data, np.where(self.mask.numpy() == 0, 0, self.weight.numpy()))
+            self.weight.backend.write(self.weight.buffer, np.where(self.mask.numpy() == 0, 0, self.weight.numpy()))
 
 
 def edges(model: Layer) -> dict[Parameter, npt.NDArray[np.bool_]]:

@@ -59,9 +59,9 @@ class Objective:
     ) -> Tensor:
         """The sum of the batch's losses, which goes to the tally too, and with count=True the rows right."""
         back, total = output.backend, self.total(cast(output, table.control.dtype), target, weights)
-        run(total.data, lambda: back.accumulate_loss(total.data, table, tally))
+        run(total.buffer, lambda: back.accumulate_loss(total.buffer, table, tally))
         if count:
-            run(output.data, lambda: back.top1(output.data, target.data, tally))
+            run(output.buffer, lambda: back.top1(output.buffer, target.buffer, tally))
         return total
 
     def total(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -125,7 +125,7 @@ def _smoothed_step(
     rows = fused.smoothed(target, output, share)
     dx = fused.softmax_cross_entropy_step(output, rows, table, tally, False, weights)
     if count:
-        run(output.data, lambda: output.backend.top1(output.data, target.data, tally))
+        run(output.buffer, lambda: output.backend.top1(output.buffer, target.buffer, tally))
     return dx
 
 

@@ -41,7 +41,7 @@ class Metric:
     def add(self, output: Tensor, target: Tensor, sums: Buffer) -> None:
         """Launch: sums += this batch's."""
         back, each = output.backend, empty(output.backend, output.shape, sums.dtype)
-        reads = {"x": output.data, "t": target.data}
+        reads = {"x": output.buffer, "t": target.buffer}
         run(each, lambda: back.elementwise_columns(self.name, self.graph, reads, each, sums, accumulate=True))
         release(each)
 

@@ -269,7 +269,7 @@ class Layer:
         named = self.named_parameters()
         for key in keys:
             p = named[key]
-            p.backend.write(p.data, initializers.draw(p.init, p.shape, seed, key))
+            p.backend.write(p.buffer, initializers.draw(p.init, p.shape, seed, key))
         self._settle()
 
     def settle(self) -> None:
@@ -282,7 +282,7 @@ class Layer:
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Every parameter as a NumPy array (a copy), by name."""
         _ = self._bound or self._own()
-        return {k: p.backend.to_numpy(p.data) for k, p in self.named_parameters().items()}
+        return {k: p.backend.to_numpy(p.buffer) for k, p in self.named_parameters().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Write the arrays into the parameters, in place; if a name or shape is not the model's, write nothing."""
@@ -308,7 +308,7 @@ class Layer:
                 raise ValueError(f"load_state_dict: {k!r} has values too large for {cast.dtype}; {remedy}")
             values[k] = cast
         for k, p in named.items():
-            p.backend.write(p.data, values[k])
+            p.backend.write(p.buffer, values[k])
             p.settled = True
         self._settle()
 

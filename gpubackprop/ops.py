@@ -61,10 +61,10 @@ def unary(x: Any, row: Activation) -> Tensor:
     if (watcher := observer()) is not None:
         return watcher.activate(x, row)
     y = new(x, x.shape)
-    run(y, lambda: x.backend.elementwise(row.name, {RESULT: row.forward_graph()}, {"x": x.data}, {RESULT: y}))
+    run(y, lambda: x.backend.elementwise(row.name, {RESULT: row.forward_graph()}, {"x": x.buffer}, {RESULT: y}))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
-        reads = {"dy": dy} | {k: v for k, v in (("x", x.data), ("y", y)) if k in row.needs}
+        reads = {"dy": dy} | {k: v for k, v in (("x", x.buffer), ("y", y)) if k in row.needs}
         back = {RESULT: row.backward_graph()}
         grads.write(x, lambda dx, accumulate: x.backend.elementwise(
             f"{row.name} backward", back, reads, {RESULT: dx}, accumulate=accumulate), reuse=True)  # fmt: skip
@@ -89,10 +89,10 @@ def _binary(row: formulas.Binary) -> Callable[[Any, Any], Tensor]:
     def operation(a: Any, b: Any) -> Tensor:
         a, b = operands(row.name, a, b)
         y = new(a, broadcast_shape(row.name, a, b))
-        _fill_elementwise(row.name, row.forward, a, {"a": a.data, "b": b.data}, y)
+        _fill_elementwise(row.name, row.forward, a, {"a": a.buffer, "b": b.buffer}, y)
 
         def backprop(dy: Buffer, grads: Gradients) -> None:
-            reads = {"dy": dy, "a": a.data, "b": b.data, "y": y}
+            reads = {"dy": dy, "a": a.buffer, "b": b.buffer, "y": y}
             for x, text in ((b, row.db), (a, row.da)):
                 if text == "dy" and x is a and a.shape == y.shape:
                     grads.hand_on(a, dy)
@@ -115,7 +115,7 @@ add, subtract, multiply, divide, power, maximum, minimum = map(_binary, formulas
 def compare(sign: str, a: Any, b: Any) -> Tensor:
     """1 where the comparison holds, else 0; a constant."""
     a, b = operands(sign, a, b)
-    reads, y = {"a": a.data, "b": b.data}, new(a, broadcast_shape(sign, a, b))
+    reads, y = {"a": a.buffer, "b": b.buffer}, new(a, broadcast_shape(sign, a, b))
     return Tensor(_fill_elementwise(sign, f"where(a {sign} b, 1, 0)", a, reads, y), a.backend)
 
 
@@ -125,10 +125,10 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
         condition = (np.asarray(condition) != 0).astype(np.int8)
     c, a, b = operands("where", condition, a, b)
     y = new(a, broadcast_shape("where", c, a, b))
-    _fill_elementwise("where", "where(c != 0, a, b)", a, {"c": c.data, "a": a.data, "b": b.data}, y)
+    _fill_elementwise("where", "where(c != 0, a, b)", a, {"c": c.buffer, "a": a.buffer, "b": b.buffer}, y)
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
-        reads = {"dy": dy, "c": c.data}
+        reads = {"dy": dy, "c": c.buffer}
         _add_gradient(grads, a, "where backward", "where(c != 0, dy, 0)", reads, y.shape)
         _add_gradient(grads, b, "where backward", "where(c != 0, 0, dy)", reads, y.shape)
 
@@ -167,7 +167,7 @@ def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     (x,) = operands("sum", x)
     axes = axes_of("sum", x, axis)
     kept = _kept(x, axes)
-    y = _reduce("sum", x, x.data, axes, new(x, kept))
+    y = _reduce("sum", x, x.buffer, axes, new(x, kept))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         grads.write(x, lambda dx, accumulate: x.backend.copy(dy.reshape(kept), dx, accumulate=accumulate))
@@ -181,7 +181,7 @@ def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> Tensor:
     axes = axes_of("mean", x, axis)
     kept, count = _kept(x, axes), _count("mean", x, axes)
     factor = share(1 / count, x)
-    y = _reduce("mean", x, x.data, axes, new(x, kept))
+    y = _reduce("mean", x, x.buffer, axes, new(x, kept))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         reads = {"dy": dy.reshape(kept), "k": factor}
@@ -204,10 +204,10 @@ def _extremum(kind: str) -> Callable[..., Tensor]:
         axes = axes_of(kind, x, axis)
         _count(kind, x, axes)
         kept = _kept(x, axes)
-        y = _reduce(kind, x, x.data, axes, new(x, kept))
+        y = _reduce(kind, x, x.buffer, axes, new(x, kept))
 
         def backprop(dy: Buffer, grads: Gradients) -> None:
-            reads = {"x": x.data, "y": y}
+            reads = {"x": x.buffer, "y": y}
             tied = _fill_elementwise("ties", "where(x == y, 1, 0)", x, reads, new(x, x.shape))
             ties = _reduce("sum", x, tied, axes, new(x, kept))
             reads |= {"dy": dy.reshape(kept), "n": ties}
@@ -231,8 +231,8 @@ def _exp_shifted(name: str, x: Tensor, axis: int) -> tuple[tuple[int, ...], Buff
     """(axes, top, exp(x − top), its sums along the axis); 1 at the top itself, also where the top is infinite."""
     axes = axes_of(name, x, axis)
     _count(name, x, axes)
-    top = _reduce("max", x, x.data, axes, new(x, _kept(x, axes)))
-    e = _fill_elementwise(name, "where(x == top, 1, exp(x - top))", x, {"x": x.data, "top": top}, new(x, x.shape))
+    top = _reduce("max", x, x.buffer, axes, new(x, _kept(x, axes)))
+    e = _fill_elementwise(name, "where(x == top, 1, exp(x - top))", x, {"x": x.buffer, "top": top}, new(x, x.shape))
     return axes, top, e, _reduce("sum", x, e, axes, new(x, top.shape))
 
 
@@ -271,7 +271,7 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
     """x − log Σ exp(x) along an axis."""
     (x,) = operands("log_softmax", x)
     axes, top, e, total = _exp_shifted("log_softmax", x, axis)
-    reads = {"x": x.data, "top": top, "s": total}
+    reads = {"x": x.buffer, "top": top, "s": total}
     y = _fill_elementwise("log_softmax", "x - top - log(s)", x, reads, new(x, x.shape))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
@@ -316,10 +316,10 @@ def matmul(a: Any, b: Any) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Product of two matrices, or of two equal stacks."""
     y = new(a, a.shape[:-1] + b.shape[-1:])
-    run(y, lambda: a.backend.gemm(a.data, b.data, y))
+    run(y, lambda: a.backend.gemm(a.buffer, b.buffer, y))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
-        grads.write(a, lambda da, accumulate: a.backend.gemm(dy, b.data, da, transpose_b=True, accumulate=accumulate))
-        grads.write(b, lambda db, accumulate: a.backend.gemm(a.data, dy, db, transpose_a=True, accumulate=accumulate))
+        grads.write(a, lambda da, accumulate: a.backend.gemm(dy, b.buffer, da, transpose_b=True, accumulate=accumulate))
+        grads.write(b, lambda db, accumulate: a.backend.gemm(a.buffer, dy, db, transpose_a=True, accumulate=accumulate))
 
     return result(y, (a, b), backprop)

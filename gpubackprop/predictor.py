@@ -92,4 +92,4 @@ def _record(model: "Layer", rows: int, columns: int, dtype: npt.DTypeLike) -> _F
         output = model(Tensor(x, backend))
     if output.ndim != 2 or output.shape[0] != rows:
         raise ValueError(f"predict: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
-    return _Forward(plan, x, output.data)
+    return _Forward(plan, x, output.buffer)

@@ -80,7 +80,7 @@ def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
             layer.mask, layer.arguments = before
         model._lay_out(device)
         for w, value in values.items():
-            w.backend.write(w.data, value)
+            w.backend.write(w.buffer, value)
         raise
     for p in model.named_parameters().values():
         p.settled = True

@@ -159,7 +159,7 @@ def gradient_report(trainer: Trainer, x: Any, y: Any) -> GradientReport:
 
 def _measured(site: Site, seen: Observed, output: float) -> LayerReport:
     """The site's figures, but for its update and verdict; `output` is the norm that its gradient is compared with."""
-    pre, post = _host(site.preact.data, seen), _host(site.postact.data, seen)
+    pre, post = _host(site.preact.buffer, seen), _host(site.postact.buffer, seen)
     delta_pre, delta_post = (_host(gradient_at(t), seen) for t in (site.preact, site.postact))
     gradients = [_host(gradient_at(p), seen).ravel() for p in site.parameters]
     saturation, dead = math.nan, list[int]()
@@ -189,14 +189,14 @@ def _measured(site: Site, seen: Observed, output: float) -> LayerReport:
 
 def _updates(sites: Sequence[Site], seen: Observed, x: Any, y: Any) -> list[float]:
     """‖Δw‖ / ‖w‖ of each site's parameters in a step that the copy of the trainer makes; NaN where it has none."""
-    before = [[_host(p.data, seen) for p in site.parameters] for site in sites]
+    before = [[_host(p.buffer, seen) for p in site.parameters] for site in sites]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of a step that float16 skips: the update is 0 then
             seen.trainer.fit(x, y, epochs=1, batch_size=seen.rows, shuffle=False, progress=False)
     except TrainingDiverged:
         return [math.nan] * len(sites)
-    after = [[_host(p.data, seen) for p in site.parameters] for site in sites]
+    after = [[_host(p.buffer, seen) for p in site.parameters] for site in sites]
     return [
         _ratio(_norm(*(b - a for a, b in zip(*w, strict=True))), _norm(*w[0])) for w in zip(before, after, strict=True)
     ]
@@ -221,7 +221,7 @@ def _ratio(a: float, b: float) -> float:
 
 def _slopes(row: Activation, z: Tensor, seen: Observed) -> Floats:
     """|f′(z)| in the model's type."""
-    leaf = Tensor(z.data, z.backend, requires_grad=True)
+    leaf = Tensor(z.buffer, z.backend, requires_grad=True)
     ops.unary(leaf, row).backward(np.ones(z.shape, z.dtype))
     return np.abs(_host(gradient_at(leaf), seen))
 

@@ -84,7 +84,7 @@ def lsuv(model: Layer, x: Any, seed: int | None = None) -> Layer:
     layers = _dense_layers(model, x)
     for _, layer in layers:
         weight, bias = layer.weight, layer.bias
-        weight.backend.write(weight.data, draw("orthogonal", weight.shape, seed, names[weight]))
+        weight.backend.write(weight.buffer, draw("orthogonal", weight.shape, seed, names[weight]))
         layer.settle()
         if bias is not None:
             model._draw(seed, [names[bias]])
@@ -119,7 +119,7 @@ def _scale(model: Layer, x: Any, path: str, layer: Dense) -> None:
         variance = a.var()
         if abs(variance - 1) <= TOLERANCE:
             return
-        weight.backend.write(weight.data, weight.numpy() / np.sqrt(variance))
+        weight.backend.write(weight.buffer, weight.numpy() / np.sqrt(variance))
     raise ValueError(
         f"{where}: x @ w + b has variance {variance:.3g} after {TRIALS} trials, expected 1; give it bias_init='zeros'"
     )

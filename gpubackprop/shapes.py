@@ -20,7 +20,7 @@ def reshape(x: Any, shape: Sequence[int] | int) -> Tensor:
     """The same elements, in C order, in another shape; one length may be -1."""
     (x,) = operands("reshape", x)
     try:
-        y = x.data.reshape(shape)
+        y = x.buffer.reshape(shape)
     except ValueError:
         raise ValueError(f"reshape: {x.size} elements of shape {x.shape} do not fit {shape}") from None
     return x if y.shape == x.shape else result(y, (x,), lambda dy, grads: grads.hand_on(x, dy))
@@ -35,7 +35,7 @@ def transpose(x: Any, *axes: Any) -> Tensor:
     if sorted(a % max(x.ndim, 1) for a in order) != list(range(x.ndim)):
         raise ValueError(f"transpose: axes {order} are not an order of the {x.ndim} axes of shape {x.shape}")
     order = tuple(a % x.ndim for a in order)
-    view = x.data.transpose(order)
+    view = x.buffer.transpose(order)
     y = new(x, view.shape)
     run(y, lambda: x.backend.copy(view, y))
 
@@ -52,7 +52,7 @@ def cast(x: Any, dtype: npt.DTypeLike) -> Tensor:
     if x.dtype == dtype:
         return x  # type: ignore[no-any-return]
     y = empty(x.backend, x.shape, dtype)
-    run(y, lambda: x.backend.copy(x.data, y))
+    run(y, lambda: x.backend.copy(x.buffer, y))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         grads.write(x, lambda dx, accumulate: x.backend.copy(dy, dx, accumulate=accumulate))
@@ -69,7 +69,7 @@ def broadcast_to(x: Any, shape: Sequence[int]) -> Tensor:
     if len(shape) < x.ndim or any(n not in (1, m) for n, m in zip(reversed(x.shape), reversed(shape), strict=False)):
         raise ValueError(f"broadcast_to: shape {x.shape} does not broadcast to {shape}")
     y = new(x, shape)
-    run(y, lambda: x.backend.copy(x.data, y))
+    run(y, lambda: x.backend.copy(x.buffer, y))
     return result(y, (x,), lambda dy, grads: sum_to(grads, x, dy) if x.requires_grad else None)
 
 
@@ -86,7 +86,7 @@ def concatenate(tensors: Sequence[Any], axis: int = 0) -> Tensor:
     lead = (slice(None),) * axis
     keys = [(*lead, slice(int(e) - t.shape[axis], int(e))) for t, e in zip(parts, ends, strict=True)]
     for t, key in zip(parts, keys, strict=True):
-        run(t.data, lambda t=t, key=key: first.backend.copy(t.data, y[key]))  # type: ignore[misc]
+        run(t.buffer, lambda t=t, key=key: first.backend.copy(t.buffer, y[key]))  # type: ignore[misc]
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         for t, key in zip(parts, keys, strict=True):
@@ -116,7 +116,7 @@ def index(x: Any, key: Any) -> Tensor:
         if not any(k is Ellipsis for k in parts):
             parts = (*parts, Ellipsis)  # so that integers alone give a view, not a scalar
         try:
-            view = x.data[parts]
+            view = x.buffer[parts]
         except IndexError as error:
             raise IndexError(f"index: {error} (shape {x.shape})") from None
         y = new(x, view.shape)
@@ -146,7 +146,7 @@ def gather(x: Any, indices: Any, axis: int = 0) -> Tensor:
     device_index = x.backend.asarray(where_ % max(length, 1), np.intp)
     outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
     y = new(x, (*x.shape[:axis], where_.size, *x.shape[axis + 1 :]))
-    source, target = x.data.reshape(outer, length, inner), y.reshape(outer, where_.size, inner)
+    source, target = x.buffer.reshape(outer, length, inner), y.reshape(outer, where_.size, inner)
     run(y, lambda: x.backend.gather(source, device_index, target))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:

@@ -254,7 +254,7 @@ class Step:
                 with within(layer._path):
                     for p in layer.constrain():
                         if self.terms.precision.mixed:
-                            run(p.data, lambda p=p: self.backend.copy(p.master, p.data))  # type: ignore[misc]
+                            run(p.buffer, lambda p=p: self.backend.copy(p.master, p.buffer))  # type: ignore[misc]
 
     def _rule(self, *, before: bool = False) -> None:
         precision = self.terms.precision

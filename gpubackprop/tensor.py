@@ -25,19 +25,19 @@ _serial = itertools.count()
 class Tensor:
     """An array on a device that knows how it was computed.
 
-    `data` is the backend's own array, C-contiguous. Results of operations keep their inputs and a closure that
+    `buffer` is the backend's own array, C-contiguous; `data` is that for users. Results of operations keep their inputs and a closure that
     propagates a gradient back to them, where any input requires one.
     """
 
     __array_ufunc__ = None  # NumPy on the left of an operator gives way to ours
-    __slots__ = ("__weakref__", "backend", "backprop", "data", "grad_buffer", "grad_data", "inputs", "layer",
+    __slots__ = ("__weakref__", "backend", "backprop", "buffer", "grad_buffer", "grad_data", "inputs", "layer",
                  "requires_grad", "retains_grad", "serial")  # fmt: skip
 
     def __init__(
-        self, data: Buffer, backend: Backend, *, requires_grad: bool = False, inputs: tuple["Tensor", ...] = (),
+        self, buffer: Buffer, backend: Backend, *, requires_grad: bool = False, inputs: tuple["Tensor", ...] = (),
         backprop: Backprop | None = None,
     ) -> None:  # fmt: skip
-        self.data = data
+        self.buffer = buffer
         self.backend = backend
         self.requires_grad = requires_grad
         self.inputs = inputs
@@ -53,12 +53,12 @@ class Tensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Length of each axis."""
-        return tuple(self.data.shape)
+        return tuple(self.buffer.shape)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Element type."""
-        dtype: np.dtype[Any] = self.data.dtype
+        dtype: np.dtype[Any] = self.buffer.dtype
         return dtype
 
     @property
@@ -77,6 +77,12 @@ class Tensor:
         return self.backend.device
 
     @property
+    def data(self) -> Buffer:
+        """The backend's own array, C-contiguous and not copied; a RuntimeError while a plan records."""
+        _refuse_values()
+        return self.buffer
+
+    @property
     def grad(self) -> "Tensor | None":
         """The gradient the last backward() left here: of leaves that require one, and after retain_grad()."""
         return None if self.grad_data is None else Tensor(self.grad_data, self.backend)
@@ -88,16 +94,12 @@ class Tensor:
 
     def detach(self) -> "Tensor":
         """The same data, as a constant."""
-        return Tensor(self.data, self.backend)
+        return Tensor(self.buffer, self.backend)
 
     def numpy(self) -> npt.NDArray[Any]:
         """A copy as a NumPy array."""
-        if recording() is not None:
-            raise RuntimeError(
-                "a tensor's value was asked for while a plan records: a recorded step replays its launches and cannot "
-                "branch on values; use gb.where, or compute the value outside the model"
-            )
-        return self.backend.to_numpy(self.data)
+        _refuse_values()
+        return self.backend.to_numpy(self.buffer)
 
     def item(self) -> float:
         """The value of a tensor of one element."""
@@ -145,10 +147,10 @@ class Tensor:
         if dy.shape != self.shape:
             if dy.size != 1 or self.size != 1:
                 raise ValueError(f"backward: gradient has shape {dy.shape} but the tensor has shape {self.shape}")
-            dy = Tensor(dy.data.reshape(self.shape), self.backend)
+            dy = Tensor(dy.buffer.reshape(self.shape), self.backend)
         if dy.dtype != self.dtype:
             raise TypeError(f"backward: gradient is {dy.dtype} but the tensor {self.dtype}; convert one of them")
-        backward(self, dy.data)
+        backward(self, dy.buffer)
 
     # ---- operators
 
@@ -300,6 +302,14 @@ class Tensor:
     __abs__ = abs
 
 
+def _refuse_values() -> None:
+    if recording() is not None:
+        raise RuntimeError(
+            "a tensor's value was asked for while a plan records: a recorded step replays its launches and cannot "
+            "branch on values; use gb.where, or compute the value outside the model"
+        )
+
+
 def tensor(
     array: Any, requires_grad: bool = False, *, dtype: npt.DTypeLike | None = None, device: str | None = None
 ) -> Tensor:
@@ -308,7 +318,7 @@ def tensor(
     `device` defaults to where the array lives.
     """
     if isinstance(array, Tensor):
-        device, array = device or array.device, array.data
+        device, array = device or array.device, array.buffer
     home = _home(array)
     backend = get_backend(device or home)
     if home != "cpu" and backend is not (there := get_backend(home)):

@@ -112,12 +112,12 @@ def _differences(at: Subject, settings: Settings, *, central: bool) -> Gradient:
         def loss() -> float:
             next(calls)
             replay()
-            return float(y.data.reshape(()))
+            return float(y.buffer.reshape(()))
 
         found = {name: np.zeros(p.shape) for name, p in at.leaves.items()}
         here = 0.0 if central else loss()  # once for all weights
         for name, p in at.leaves.items():
-            w, slope = p.data.reshape(-1), found[name].reshape(-1)
+            w, slope = p.buffer.reshape(-1), found[name].reshape(-1)
             for k in places[name]:
                 kept = w[k]
                 w[k] = kept + eps
