@@ -14,6 +14,7 @@ from gpubackprop.backends import get_backend
 from gpubackprop.formulas import ACTIVATIONS, Activation, register_activation
 from gpubackprop.layers import Dense, Scaler
 from gpubackprop.model import CLASSES, Layer, check_model
+from gpubackprop.threads import exclusive
 
 __all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write_file"]
 
@@ -29,6 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # ---- the doors -----------------------------------------------------------------------------------------------------
 
 
+@exclusive
 def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write the model's architecture and weights to a safetensors file, replacing a file of that name in one step.
 

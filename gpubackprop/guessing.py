@@ -12,6 +12,7 @@ import numpy.typing as npt
 from gpubackprop.checks import interval, whole
 from gpubackprop.data import as_seed
 from gpubackprop.model import Layer
+from gpubackprop.threads import exclusive
 from gpubackprop.trainer import Trainer
 
 __all__ = ["Guesses", "grid_points", "grid_search", "random_search"]
@@ -41,6 +42,7 @@ class Guesses:
         return f"{self.evaluations:,} guesses: the least loss is {self.best:.6g}, the median {middle:.6g}"
 
 
+@exclusive
 def random_search(
     trainer: Trainer, x: Any, y: Any, guesses: int = 100, low: float = -1.0, high: float = 1.0, seed: int | None = 0
 ) -> Guesses:
@@ -60,6 +62,7 @@ def grid_points(model: Layer, segments: int = 10) -> int:
     return points
 
 
+@exclusive
 def grid_search(trainer: Trainer, x: Any, y: Any, segments: int = 10, low: float = -1.0, high: float = 1.0) -> Guesses:
     """Try every point of a grid, the middles of so many segments of [low, high] for each trained weight; the model
     keeps the best. ValueError where that are more than a million."""

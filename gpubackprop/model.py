@@ -1,8 +1,6 @@
 """What every layer and model is: declared parameters, a tree of sublayers, one arena, a forward of operations."""
 
 import math
-import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -22,6 +20,7 @@ from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
+from gpubackprop.threads import exclusive, refuse_while_trained, using
 
 __all__ = ["CLASSES", "Layer", "Mode", "check_model", "current_mode", "mode", "seed_or_fresh", "training"]
 
@@ -58,18 +57,6 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
 
 
 # ---- the base ------------------------------------------------------------------------------------------------------
-
-_laying_out = threading.RLock()  # threads that use a model first must not lay it out at once
-
-
-def _unlock() -> None:
-    """In a forked child, whose parent's other threads are not there to release the lock."""
-    global _laying_out
-    _laying_out = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock)
 
 CLASSES: dict[str, type["Layer"]] = {}  # by the name that model files use
 
@@ -140,6 +127,7 @@ class Layer:
         if (watcher := observer()) is not None:
             return watcher.call(self, x)
         if recording() is None:
+            refuse_while_trained("call", self.shared)
             return self.forward(x)
         with within(self._path):
             return self.forward(x)
@@ -158,7 +146,7 @@ class Layer:
 
     def _members(self) -> Iterator[tuple[str, Any]]:
         """Attributes by name; the items of lists, tuples and dicts, however nested, by name and position or key."""
-        for name, value in vars(self).items():
+        for name, value in vars(self).copy().items():  # another thread may add an attribute
             if not isinstance(value, list | tuple | dict):
                 yield name, value
             elif name not in ("arguments", "_arenas"):
@@ -185,6 +173,10 @@ class Layer:
                     found[f"{path}.{key}" if path else key] = value
         return found
 
+    def shared(self) -> list[object]:
+        """The objects that threads using the layer at once share: the layer and its parameters."""
+        return [self, *self.named_parameters().values()]
+
     @property
     def parameter_count(self) -> int:
         """Number of trained weights."""
@@ -192,6 +184,7 @@ class Layer:
 
     # ---- the arena
 
+    @exclusive
     def to(self, device: str) -> "Layer":
         """Move the parameters, with their values, to the device; what was recorded before is recorded anew."""
         if self.arena.backend is not get_backend(device):
@@ -216,7 +209,7 @@ class Layer:
 
     def _own(self) -> tuple[Arena, Arena]:
         """This layer's arenas, with all its parameters: laid out anew if another model or a change took some away."""
-        with _laying_out:
+        with using("lay out", self.shared()):  # threads that use a model first must not lay it out at once
             own, arenas = self.named_parameters().values(), self._arenas
             if (
                 arenas is None
@@ -249,6 +242,7 @@ class Layer:
         homes = self.homes()
         return homes[0].backend if homes else get_backend("cpu")
 
+    @exclusive
     def initialize(self, seed: int | None = None, *, missing: bool = False) -> "Layer":
         """Draw every parameter, keyed by the seed and its name; None draws a fresh seed. `.seed` records it.
 
@@ -279,11 +273,13 @@ class Layer:
         for _, layer in self.named_layers():
             layer.settle()
 
+    @exclusive
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:
         """Every parameter as a NumPy array (a copy), by name."""
         _ = self._bound or self._own()
         return {k: p.backend.to_numpy(p.buffer) for k, p in self.named_parameters().items()}
 
+    @exclusive
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Write the arrays into the parameters, in place; if a name or shape is not the model's, write nothing."""
         if not isinstance(state, Mapping):
@@ -313,7 +309,8 @@ class Layer:
         self._settle()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_arenas", "_bound", "_predictor")}
+        refuse_while_trained("pickle", self.shared)
+        return {k: v for k, v in vars(self).copy().items() if k not in ("_arenas", "_bound", "_predictor")}
 
     # ---- inference
 
@@ -328,6 +325,7 @@ class Layer:
         out = self._predict(x)
         return out if is_on_device(x) or isinstance(out, np.ndarray) else self.backend.to_numpy(out)
 
+    @exclusive
     def _predict(self, x: Any) -> Buffer:
         if "_predictor" not in vars(self):
             self._predictor = Predictor()

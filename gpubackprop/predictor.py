@@ -1,6 +1,5 @@
 """Inference: forward-only plans, replayed over padded batches."""
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,11 +35,11 @@ class Predictor:
     """model.predict: batches are padded to CHUNK_ROWS rows, small ones to a power of two, so that few plans serve all.
 
     A row's result does not depend on the values in the rows beside it, so the padding may hold anything; at least two
-    rows are computed, because the product of one row is another routine, with other last bits.
+    rows are computed, because the product of one row is another routine, with other last bits. A plan's buffers serve
+    one call at a time: the caller has the model to itself (`threads.using`).
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # a plan's buffers serve one call at a time
         self._recorded: list[Any] = []
         self._forwards: dict[tuple[int, int], _Forward] = {}
 
@@ -53,11 +52,10 @@ class Predictor:
             rows = door(finite=False)
         else:
             rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
-        with self.lock:
-            recorded = [*homes, *(part for _, layer in model.named_layers() for part in _settings(layer))]
-            if recorded != self._recorded:  # other arenas, other layers, or a layer with another setting
-                self._recorded, self._forwards = recorded, {}
-            return self._predict(model, rows, homes[0].backend if homes else model.backend, door if host else None)
+        recorded = [*homes, *(part for _, layer in model.named_layers() for part in _settings(layer))]
+        if recorded != self._recorded:  # other arenas, other layers, or a layer with another setting
+            self._recorded, self._forwards = recorded, {}
+        return self._predict(model, rows, homes[0].backend if homes else model.backend, door if host else None)
 
     def _predict(self, model: "Layer", rows: Buffer, backend: Backend, complain: Callable[[], object] | None) -> Buffer:
         n = min(max(2, 1 << (len(rows) - 1).bit_length()), CHUNK_ROWS)
@@ -79,7 +77,7 @@ class Predictor:
 def _settings(layer: "Layer") -> Iterator[Any]:
     """The layer (weakly: it holds its predictor), and its attributes that are numbers or text."""
     yield weakref.ref(layer)
-    for name, value in vars(layer).items():
+    for name, value in vars(layer).copy().items():
         if isinstance(value, int | float | str) and not name.startswith("_"):
             yield value
 

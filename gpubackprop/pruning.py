@@ -21,6 +21,7 @@ from gpubackprop.model import Layer, Mode, check_model, mode, training
 from gpubackprop.plan import Plan, empty
 from gpubackprop.scaling import showing
 from gpubackprop.tensor import Tensor
+from gpubackprop.threads import exclusive
 
 __all__ = ["prune", "rewind", "shrink"]
 
@@ -34,6 +35,7 @@ ELEMENTWISE = (Activation, Dropout, InputNoise)
 # ---- single weights ------------------------------------------------------------------------------------------------
 
 
+@exclusive
 def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
     """Take out the smallest |w| until round(sparsity · weights) have no edge, by masks of the Dense layers, in place.
 
@@ -91,6 +93,7 @@ def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
     return rows
 
 
+@exclusive
 def rewind(model: Layer, state: Mapping[str, Any]) -> None:
     """Write an earlier `state_dict` into the model, in place, but keep its masks: pruned weights stay 0.
 
@@ -163,6 +166,7 @@ def _check_held(model: Layer, sites: Sites) -> None:
 # ---- whole units ---------------------------------------------------------------------------------------------------
 
 
+@exclusive
 def shrink(model: Layer, x: Any = None) -> Layer:
     """A smaller model with the same outputs in inference, but for rounding: without the hidden units that do nothing.
 

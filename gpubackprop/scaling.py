@@ -17,6 +17,7 @@ from gpubackprop.layers import Dense
 from gpubackprop.model import Layer, Mode, check_model, mode, seed_or_fresh
 from gpubackprop.observe import observing
 from gpubackprop.tensor import Tensor
+from gpubackprop.threads import exclusive
 
 __all__ = ["layer_stats", "lsuv", "showing"]
 
@@ -46,6 +47,7 @@ def showing(look: Callable[[Layer, Tensor, Tensor], object]) -> AbstractContextM
     return observing(_Shown(look))
 
 
+@exclusive
 def layer_stats(model: Layer, x: Any) -> Columns:
     """Mean and variance of each layer's outputs for the rows of x, all its columns together; `print` shows a table.
 
@@ -66,6 +68,7 @@ def layer_stats(model: Layer, x: Any) -> Columns:
     return stats
 
 
+@exclusive
 def lsuv(model: Layer, x: Any, seed: int | None = None) -> Layer:
     """Draw every Dense layer's weight orthogonal, then scale it until x @ w + b has variance 1 over the rows of x.
 

@@ -25,8 +25,8 @@ _serial = itertools.count()
 class Tensor:
     """An array on a device that knows how it was computed.
 
-    `buffer` is the backend's own array, C-contiguous; `data` is that for users. Results of operations keep their inputs and a closure that
-    propagates a gradient back to them, where any input requires one.
+    `buffer` is the backend's own array, C-contiguous; `data` is that for users. Results of operations keep their inputs
+    and a closure that propagates a gradient back to them, where any input requires one.
     """
 
     __array_ufunc__ = None  # NumPy on the left of an operator gives way to ours

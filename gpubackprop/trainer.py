@@ -34,6 +34,7 @@ from gpubackprop.room import explained
 from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
+from gpubackprop.threads import exclusive, trains, using
 
 __all__ = ["Trainer", "TrainingDiverged"]
 
@@ -76,7 +77,7 @@ class Trainer:
     `loss` is a name (cross_entropy, bce, mse, poisson, …) or a callable (output, target) -> tensor, the mean over
     the batch; `optimizer` an instance or a name; `metrics` names (None: accuracy or r2, by the loss). `seed` keys the
     weights (unless model.initialize ran before), the order of the rows and dropout; None draws a fresh one, kept in
-    `.seed`. A trainer belongs to one thread.
+    `.seed`. While a thread trains a model, calls of other threads on it are errors; other calls wait for each other.
 
     `precision` is one of float32, float64, tf32, float16, bfloat16 (None: the model's). `clip_norm` scales a longer
     gradient down to that norm, which is taken in the type of the weights: a float32 gradient with elements beyond about
@@ -116,13 +117,14 @@ class Trainer:
         if not any(p.trainable for p in model.named_parameters().values()):
             raise ValueError("Trainer: the model has no trained parameters; layers declare them as attributes")
         self._check_optimizer()
-        if np.dtype(model.dtype) != self.precision.master:
-            model.dtype = self.precision.master
-            model._lay_out(device)
         self._asked = device
-        self._prepare(device)
-        model.initialize(self.seed, missing=True)
-        model.output_kind = model.output_kind or self.objective.head  # what it was trained as before stays until fit
+        with using("Trainer", model.shared()):
+            if np.dtype(model.dtype) != self.precision.master:
+                model.dtype = self.precision.master
+                model._lay_out(device)
+            self._prepare(device)
+            model.initialize(self.seed, missing=True)
+            model.output_kind = model.output_kind or self.objective.head  # what it was trained as stays until fit
 
     def _check_optimizer(self) -> None:
         clips = min(self.clip_norm, self.clip_value) < math.inf
@@ -150,10 +152,14 @@ class Trainer:
         self._graphs = Graphs() if self.cuda_graph else None
         self._table = self._new_table(FEWEST_ROWS, control)
         self._keeper: Keeper | None = None
-        self._fitting = False
 
+    def shared(self) -> list[object]:
+        """The objects that threads using the trainer at once share: those of its model."""
+        return self.model.shared()
+
+    @exclusive
     def __getstate__(self) -> dict[str, Any]:
-        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_fitting", "_graphs"}
+        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_graphs"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
         place = "auto" if self._asked == "auto" else self.backend.device  # a file may be read where there is no GPU
         return kept | {"device": place, "moments": self.state.host(), "control": self._control()}
@@ -180,10 +186,11 @@ class Trainer:
         """The rule that steps the weights; `use` goes on with another one."""
         return self._optimizer
 
+    @exclusive
     def use(self, optimizer: Optimizer | str) -> None:
         """Go on with this optimizer: moments and the count of its updates stay where its rule is the same, and begin
         anew where it is another one. A schedule goes by that count."""
-        if self._fitting:
+        if trains(self.model):
             raise RuntimeError("use: this trainer is training; change the optimizer between fits")
         before, self._optimizer = self._optimizer, _optimizer(optimizer)
         try:
@@ -237,26 +244,25 @@ class Trainer:
         loss; a RuntimeWarning if no step of all epochs was applied while that scale comes down.
         """
         _check_fit(epochs, batch_size, shuffle, callbacks, stop_below)
-        if self._fitting:
-            raise RuntimeError("fit: this trainer is training already; a callback cannot call fit")
-        if np.dtype(self.model.dtype) != self.precision.master:
-            raise RuntimeError(
-                f"fit: the model is {self.model.dtype} since another Trainer took it over, but this one trains in "
-                f"{self.precision.name}; make a new Trainer"
-            )
-        self._follow()
-        x, y, w = self._data(x, y, "fit", sample_weight, class_weight)
-        held_out = None
-        if validation_data is not None:
-            held_x, held_y, *held_w = _held_out(validation_data)
-            held_out = self._data(held_x, held_y, "fit: validation_data", *held_w)
-        batch_size = len(x) if self._searches else min(int(batch_size), len(x))
-        try:
-            return self._fit(x, y, w, int(epochs), batch_size, held_out, shuffle, list(callbacks), progress, stop_below)
-        except DeviceMemoryError as error:  # whose traceback, and that of its cause, hold what the failed step took
-            failed = DeviceMemoryError(error.nbytes, error.free, error.total)
-        self._steps.clear()
-        raise explained(failed, self, x, y, w, batch_size) from None
+        with using("fit", self.shared(), training=True):
+            if np.dtype(self.model.dtype) != self.precision.master:
+                raise RuntimeError(
+                    f"fit: the model is {self.model.dtype} since another Trainer took it over, but this one trains in "
+                    f"{self.precision.name}; make a new Trainer"
+                )
+            self._follow()
+            x, y, w = self._data(x, y, "fit", sample_weight, class_weight)
+            held = None
+            if validation_data is not None:
+                held_x, held_y, *held_w = _held_out(validation_data)
+                held = self._data(held_x, held_y, "fit: validation_data", *held_w)
+            batch_size = len(x) if self._searches else min(int(batch_size), len(x))
+            try:
+                return self._fit(x, y, w, int(epochs), batch_size, held, shuffle, list(callbacks), progress, stop_below)
+            except DeviceMemoryError as error:  # whose traceback, and that of its cause, hold what the failed step took
+                failed = DeviceMemoryError(error.nbytes, error.free, error.total)
+            self._steps.clear()
+            raise explained(failed, self, x, y, w, batch_size) from None
 
     def _follow(self) -> None:
         """Go on where the model is now: it may have moved, grown, become part of another one, or been given masks."""
@@ -281,7 +287,7 @@ class Trainer:
         steps = self._steps_for(source, sums, len(x), batch_size)
         keeper = self._keeper = self._keeper or Keeper(self.model, self.state)
         keeper.keep()
-        self._fitting, self.state.finished, applied = True, False, False
+        self.state.finished = applied = False
         try:
             with (
                 Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar,
@@ -303,7 +309,6 @@ class Trainer:
                     if any(stops) or self.state.finished or (stop_below is not None and loss < stop_below):
                         break
         finally:
-            self._fitting = False
             for step in set(steps):
                 step.detach()
         if not applied:
@@ -449,9 +454,12 @@ class Trainer:
 
     # ---- reading
 
+    @exclusive
     def evaluate(self, x: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, by weight where rows have weights, penalties included, and metrics over the rows, without training
         behaviour."""
+        if not trains(self.model):
+            self._follow()
         return self._figures(*self._data(x, y, "evaluate", sample_weight))
 
     def _figures(self, x: Array, y: Array, w: Array | None) -> dict[str, float]:
@@ -468,13 +476,14 @@ class Trainer:
         """The raw output for every row (logits, for a classifier), in x's own kind of array."""
         return self.model.predict(x)
 
+    @exclusive
     def plan(self, batch_size: int = 128, *, weighted: bool = False) -> Plan:
         """The training step for a batch of that many rows, bound but not run: print it, add it up, profile it.
 
         It is fed from a stand-in of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
         """
         whole("plan", "batch_size", batch_size)
-        if not self._fitting:
+        if not trains(self.model):
             self._follow()
         columns = self.model.inputs
         if columns is None:

@@ -1030,19 +1030,19 @@ def test_predict_notices_every_change_of_a_layer():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_child_forked_while_a_model_is_laid_out_can_lay_out_its_own():
+def test_a_child_forked_while_another_thread_uses_a_model_can_use_it():
     code = """
 import os, threading, gpubackprop as gb
-from gpubackprop import model
-held = threading.Event()
+from gpubackprop import threads
+held, model = threading.Event(), gb.mlp([2, 3])
 def hold():
-    with model._laying_out:
+    with threads.using("fit", model.shared(), training=True), threads._changed:
         held.set()
         threading.Event().wait(5)
 threading.Thread(target=hold, daemon=True).start()
 held.wait()
 if not (pid := os.fork()):
-    gb.mlp([2, 3]).predict([[1.0, 2.0]])
+    model.predict([[1.0, 2.0]])
     os._exit(0)
 for _ in range(100):
     if os.waitpid(pid, os.WNOHANG)[0]:
