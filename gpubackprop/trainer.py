@@ -401,7 +401,9 @@ class Trainer:
     def _order(self, rows: int, shuffle: bool | Order) -> Array | None:
         """The order of an epoch's rows; None: as they lie."""
         if not callable(shuffle):
-            return np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(rows) if shuffle else None
+            if not shuffle or self._searches:  # whose step takes all rows at once: their order is rounding alone
+                return None
+            return np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(rows)
         order = np.asarray(shuffle(rows))
         if order.shape != (rows,) or order.dtype.kind not in "iu" or (np.sort(order) != np.arange(rows)).any():
             raise ValueError(f"fit: shuffle({rows}) must return the numbers 0 to {rows - 1} in some order")
