@@ -156,7 +156,9 @@ class SearchStep(Step):
         back, arena = self.backend, self.model.arena
         back.write(arena.weights, weights.astype(arena.dtype)[None])
         self.sums.clear()
-        self.plan.replay(*(s for s in ("gradient", "penalty") if s in self.plan.sections))
+        for section in ("gradient", "penalty"):
+            if section in self.plan.sections:
+                self._replay(section)
         loss, gradient = self.sums.tally.read()[0] / self._weight, self._read(arena.gradients)
         slope = 0.0 if d is None else float(gradient @ d)
         self._last = point = Point(length, loss, slope, self._read(arena.weights), gradient)  # the weights as rounded

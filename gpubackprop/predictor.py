@@ -17,7 +17,7 @@ from gpubackprop.tensor import Tensor
 if TYPE_CHECKING:
     from gpubackprop.model import Layer
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "settings"]
 
 CHUNK_ROWS = 1024
 
@@ -52,7 +52,7 @@ class Predictor:
             rows = door(finite=False)
         else:
             rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
-        recorded = [*homes, *(part for _, layer in model.named_layers() for part in _settings(layer))]
+        recorded = [*homes, *(part for _, layer in model.named_layers() for part in settings(layer))]
         if recorded != self._recorded:  # other arenas, other layers, or a layer with another setting
             self._recorded, self._forwards = recorded, {}
         return self._predict(model, rows, homes[0].backend if homes else model.backend, door if host else None)
@@ -74,7 +74,7 @@ class Predictor:
         return out
 
 
-def _settings(layer: "Layer") -> Iterator[Any]:
+def settings(layer: "Layer") -> Iterator[Any]:
     """The layer (weakly: it holds its predictor), and its attributes that are numbers or text."""
     yield weakref.ref(layer)
     for name, value in vars(layer).copy().items():

@@ -20,6 +20,7 @@ from gpubackprop.moments import Moments
 from gpubackprop.penalty import Penalty
 from gpubackprop.plan import Plan, run, within
 from gpubackprop.precision import Precision
+from gpubackprop.rerun import calls_own_code, replay_checked
 from gpubackprop.tensor import Tensor
 
 __all__ = ["Graphs", "Keeper", "Source", "StagedSource", "Step", "Sums", "Terms"]
@@ -162,6 +163,7 @@ class Step:
         title = f"training step of {self.rows} rows, {self.model.parameter_count:,} parameters"
         self.plan = Plan(backend, title, dry=self.dry, space=self.space)
         self._ready: dict[tuple[bool, bool], Callable[[], object]] = {}
+        self._checked = not calls_own_code(self.model, self.terms.objective)
 
     def attach(self, source: Source, graphs: "Graphs | None" = None) -> None:
         """Take the batches from this source; the next run binds the feed to it, and is captured after that."""
@@ -178,18 +180,29 @@ class Step:
         if (ready := self._ready.get((first, last))) is not None:
             ready()
         else:
-            self._ready[first, last] = self._record(first, last)
+            ready = self._record(first, last)
+            if self._checked:
+                self._ready[first, last] = ready
 
     def _record(self, first: bool, last: bool) -> Callable[[], object]:
         """Run the sections that are due, recording those that are new; one call that replays them."""
         sections = self._sections(first, last)
         for section in sections:
             if section in self.plan.sections:
-                self.plan.replay(section)
+                self._replay(section)
             else:
                 with self.plan.record(section):
                     getattr(self, f"_{section}")()
-        return (self._graphs and self._graphs.capture(self.plan, sections)) or self.plan.sequence(*sections)
+        captured = self._graphs.capture(self.plan, sections) if self._graphs and self._checked else None
+        return captured or self.plan.sequence(*sections)
+
+    def _replay(self, section: str) -> None:
+        """Replay the section; the first replay of the gradient runs it afresh too, if that calls code of a user's."""
+        if section == "gradient" and not self._checked:
+            replay_checked(self.plan, section, self._gradient, self.model)
+            self._checked = True
+        else:
+            self.plan.replay(section)
 
     # ---- the sections
 

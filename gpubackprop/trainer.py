@@ -29,7 +29,9 @@ from gpubackprop.optimizers import LBFGS, OPTIMIZERS, Optimizer
 from gpubackprop.penalty import Penalty, Strength
 from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
+from gpubackprop.predictor import settings
 from gpubackprop.progress import Bar, Interrupts
+from gpubackprop.rerun import calls_own_code
 from gpubackprop.room import explained
 from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
@@ -148,6 +150,7 @@ class Trainer:
         self.state.hold(edges(self.model))
         self._space = Workspace()
         self._steps: OrderedDict[Any, Step] = OrderedDict()
+        self._settings: list[Any] = []  # that the steps were recorded with
         self._sums: dict[tuple[int, bool], Sums] = {}
         self._graphs = Graphs() if self.cuda_graph else None
         self._table = self._new_table(FEWEST_ROWS, control)
@@ -159,7 +162,7 @@ class Trainer:
 
     @exclusive
     def __getstate__(self) -> dict[str, Any]:
-        device = {"backend", "state", "_space", "_steps", "_sums", "_table", "_keeper", "_graphs"}
+        device = {"backend", "state", "_space", "_steps", "_settings", "_sums", "_table", "_keeper", "_graphs"}
         kept = {k: v for k, v in vars(self).items() if k not in device}
         place = "auto" if self._asked == "auto" else self.backend.device  # a file may be read where there is no GPU
         return kept | {"device": place, "moments": self.state.host(), "control": self._control()}
@@ -371,7 +374,12 @@ class Trainer:
         return Source(self.backend, *(None if a is None else self.backend.asarray(a) for a in (x, y, w)))
 
     def _steps_for(self, source: Source, sums: Sums, n: int, batch_size: int) -> list[Step]:
-        """The step of each batch of an epoch: one object per batch size, kept for later fits, fed from this source."""
+        """The step of each batch of an epoch: one object per batch size, fed from this source. It is kept for later
+        fits, unless what Python put into it may have changed since."""
+        now = [part for _, layer in self.model.named_layers() for part in settings(layer)]
+        if now != self._settings or calls_own_code(self.model, self.objective):
+            self._steps.clear()
+        self._settings = now
         columns, target = source.x.shape[1], source.y.shape[1:]
         sizes = [batch_size] * (n // batch_size) + [n % batch_size] * (n % batch_size > 0)
         chosen: dict[int, Step] = {}

@@ -23,7 +23,7 @@ LEVELS = [
     {"predictor"},
     {"model"},
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
-    {"moments", "penalty"},
+    {"moments", "penalty", "rerun"},
     {"step", "progress", "checkpoint", "scaling", "pruning"},
     {"room", "callbacks", "lbfgs", "row_weights"},
     {"trainer"},
