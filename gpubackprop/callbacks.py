@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpubackprop.checks import flag, number, whole
-from gpubackprop.rates import watched
+from gpubackprop.rates import direction, watched
 from gpubackprop.step import Keeper
 
 __all__ = ["Callback", "EarlyStopping", "around"]
@@ -33,7 +33,11 @@ def around(callbacks: Iterable[Callback], trainer: Any) -> Iterator[None]:
 @dataclass
 class EarlyStopping:
     """Stop when `monitor` has not improved by more than min_delta for `patience` epochs in a row; counted anew in each
-    fit. monitor=None watches the validation loss, or the loss where there is none; accuracy and r2 improve upwards.
+    fit. monitor=None watches the validation loss, or the loss where there is none. With mode "auto" accuracy and r2
+    improve upwards, the library's other figures downwards.
+
+    Any other figure is one that a callback before this one in `callbacks` appends to its list in `trainer.history`,
+    once per epoch: say "max" or "min".
 
     restore_best=True puts back the weights, statistics and moments of the best epoch at the end of the fit, whether
     it was stopped or not; the copy stays on the device. `.best` is the best figure and `.best_epoch` its epoch,
@@ -45,13 +49,12 @@ class EarlyStopping:
     patience: int = 10
     min_delta: float = 0.0
     restore_best: bool = True
+    mode: str = "auto"
     best: float = field(default=math.nan, init=False)
     best_epoch: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.monitor, str | None):
-            got = f"{type(self.monitor).__name__} {self.monitor!r}"
-            raise TypeError(f"EarlyStopping: monitor must be the name of a figure, such as 'val_loss', got {got}")
+        self._sign = direction(self.monitor, self.mode, "EarlyStopping")
         self.patience = whole("EarlyStopping", "patience", self.patience)
         self.min_delta = number("EarlyStopping", "min_delta", self.min_delta, ">= 0")
         self.restore_best = flag("EarlyStopping", "restore_best", self.restore_best)
@@ -62,15 +65,21 @@ class EarlyStopping:
     def begin(self, trainer: Any) -> None:
         """Forget what was seen."""
         self.best, self.best_epoch, self._least, self._waited = math.nan, 0, math.inf, 0
+        self._begun = False
         self._keeper = Keeper(trainer.model, trainer.state) if self.restore_best else None
 
     def __call__(self, trainer: Any) -> bool:
         """Whether to stop."""
-        key, values = watched(trainer.history, self.monitor, "EarlyStopping")
-        value = values[-1]
-        if value < self._least - self.min_delta:
-            self._least, self._waited = value, 0
-            self.best, self.best_epoch = trainer.history[key][-1], trainer.epoch
+        key = watched(trainer.history, self.monitor, "EarlyStopping")
+        values, epochs = trainer.history[key], len(trainer.history["loss"])
+        if len(values) < epochs and not self._begun:
+            raise ValueError(f"EarlyStopping: the history has no {key!r} of this epoch yet; a callback that writes it "
+                             f"comes before in callbacks")  # fmt: skip
+        self._begun = True
+        value = values[-1] if len(values) >= epochs else math.nan
+        if self._sign * value < self._least - self.min_delta:
+            self._least, self._waited = self._sign * value, 0
+            self.best, self.best_epoch = value, trainer.epoch
             if self._keeper is not None:
                 self._keeper.keep()
         else:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,7 +38,8 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     The architecture is each layer's class and the arguments it was made with; functions and arrays given as `init` or
     `…_init`, and masks, are left out, since the values are stored. Rows of `register_activation` that the model uses
     travel along.
-    `extra` is anything JSON holds; `read_metadata` gives it back. On any error the old file stands.
+    `extra` is anything JSON holds; `read_metadata` gives it back. On any error the old file stands. A RuntimeWarning
+    names the first parameter that is not finite: trained, or a statistic of the library's layers; NaN also elsewhere.
     """
     _check_path(path, "save_model")
     check_model(model, "save_model")
@@ -69,6 +71,10 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     if difference := _difference({k: a.shape for k, a in state.items()}, made):
         remedy = "a file holds what constructors are given, so add layers and parameters there"
         raise ValueError(f"save_model: the model has {difference} when made anew; {remedy}")
+    if name := _not_finite(model, state):
+        what = "a NaN" if np.isnan(state[name]).any() else "an infinity"
+        warnings.warn(f"save_model: {name!r} holds {what}, so predictions are of no use; save a model from before it "
+                      f"diverged", RuntimeWarning, stacklevel=2)  # fmt: skip
     write_file(path, save(state, {ENTRY: text}))
 
 
@@ -108,6 +114,20 @@ def read_metadata(path: PathLike) -> dict[str, Any]:
 def _check_path(path: Any, where: str) -> None:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{where}: path is {type(path).__name__}; expected the name of a file, such as 'm.safetensors'")
+
+
+def _not_finite(model: Layer, state: Mapping[str, Any]) -> str | None:
+    """The first parameter that should be finite and is not; a user's layer may hold infinities that are not trained."""
+    for path, layer in model.named_layers():
+        ours = type(layer).__module__.startswith("gpubackprop.")
+        for key, p in layer._members():
+            name = f"{path}.{key}" if path else key
+            if not isinstance(p, Parameter) or name not in state:
+                continue
+            good = np.isfinite(state[name]) if ours or p.trainable else ~np.isnan(state[name])
+            if not good.all():
+                return name
+    return None
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def _first_difference(
     backend: Backend, recorded: Sequence[Launch], fresh: Sequence[Launch], state: Sequence[Place]
 ) -> str:
     """The first launch that writes other bits, found by running either list anew."""
-    seen = []
+    seen: list[list[list[bytes]]] = []
     for launches in (recorded, fresh):
         _restore(backend, state)
         seen.append([])

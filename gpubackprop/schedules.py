@@ -5,6 +5,7 @@ table, so that recorded steps and CUDA graphs are replayed as ever.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import choice, settle
-from gpubackprop.rates import History, watched
+from gpubackprop.rates import History, direction, watched
 
 __all__ = ["Constant", "Cosine", "Exponential", "OneCycle", "Plateau", "Polynomial", "Schedule", "Step"]
 
@@ -134,7 +135,8 @@ class OneCycle(Schedule):
 @dataclass(frozen=True)
 class Plateau(Schedule):
     """lr · decay^k, after the figure `monitor` failed k times to improve by more than min_delta for `patience` epochs
-    in a row, but no less than `end`. A figure of the history improves downwards, but accuracy and r2 upwards.
+    in a row, but no less than `end`. With mode "auto" accuracy and r2 improve upwards, the library's other figures
+    downwards; of a figure that a callback writes into the history, say "max" or "min".
 
     monitor=None watches the validation loss, or the loss where there is none.
     """
@@ -144,18 +146,36 @@ class Plateau(Schedule):
     min_delta: float = 0.0
     end: float = 0.0
     monitor: str | None = None
+    mode: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        direction(self.monitor, self.mode, "Plateau")
 
     def rates(self, updates: Floats, epoch: int, history: History) -> Floats:
-        """The rate, found anew from the whole history: nothing is kept between epochs."""
-        best, waited, failures = math.inf, 0, 0
-        for value in watched(history, self.monitor, "Plateau")[1] if epoch else ():
+        """The rate, as the whole history has it."""
+        failures = self._failures(history[watched(history, self.monitor, "Plateau")]) if epoch else 0
+        return np.full(updates.shape, max(self.lr * self.decay**failures, min(self.end, self.lr)))
+
+    def _failures(self, values: Sequence[float]) -> int:
+        """How often the figure failed to improve, counted on from where the last epoch of this history left off."""
+        seen, sign = vars(self).get("_seen"), direction(self.monitor, self.mode, "Plateau")
+        if seen is None or seen[0] is not values or seen[1] > len(values):
+            seen = values, 0, math.inf, 0, 0
+        _, count, best, waited, failures = seen
+        for i in range(count, len(values)):
+            value = sign * values[i]
             if value < best - self.min_delta:
                 best, waited = value, 0
             elif not math.isnan(value):  # an epoch without the figure counts for nothing
                 waited += 1
             if waited >= self.patience:
                 failures, waited = failures + 1, 0
-        return np.full(updates.shape, max(self.lr * self.decay**failures, min(self.end, self.lr)))
+        object.__setattr__(self, "_seen", (values, len(values), best, waited, failures))
+        return failures
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_seen"}
 
     def __call__(self, t: Any) -> Any:
         raise TypeError("Plateau: the rate depends on the history; it has no value at a number of updates")

@@ -308,22 +308,34 @@ class Keeper:
         live = [b for b in (model.arena.weights, model.statistics.weights, *state.moments.values()) if b.size]
         copies = [back.empty(b.shape, b.dtype) for b in live]
         self.nbytes = sum(int(b.nbytes) for b in copies)
-        extremes = [back.empty((), model.dtype) for _ in range(2)]
-        self._extremes = extremes
+        self._statistics = model.statistics
+        self._kept = dict(zip(map(id, live), copies, strict=True))
+        self._extremes: list[list[Buffer]] = []  # of the weights, and of the statistics if there are any
         self.plan = Plan(back, "keeping the last good epoch", dry=True)
-        weights = model.arena.weights
         with self.plan.record("range"):
-            for kind, out in zip(("max", "min"), extremes, strict=True):
-                run(weights, lambda kind=kind, out=out: back.reduce(kind, weights, (0, 1), out))  # type: ignore[misc]
+            for x in (b for b in (model.arena.weights, model.statistics.weights) if b.size):
+                self._extremes.append([back.empty((), model.dtype) for _ in range(2)])
+                for kind, out in zip(("max", "min"), self._extremes[-1], strict=True):
+                    run(out, lambda kind=kind, x=x, out=out: back.reduce(kind, x, (0, 1), out))  # type: ignore[misc]
         for section, pairs in (("keep", zip(live, copies, strict=True)), ("restore", zip(copies, live, strict=True))):
             with self.plan.record(section):
                 for x, out in pairs:
                     run(out, lambda x=x, out=out: back.copy(x, out))  # type: ignore[misc]
 
-    def finite(self) -> bool:
-        """Whether every weight is finite."""
+    def damage(self) -> str:
+        """What of the model is not finite, for people; empty if nothing is."""
         self.plan.replay("range")
-        return all(bool(np.isfinite(self.plan.backend.to_numpy(e))) for e in self._extremes)
+        read = self.plan.backend.to_numpy
+        weights, *statistics = (all(bool(np.isfinite(read(e))) for e in extremes) for extremes in self._extremes)
+        if not weights:
+            return "a weight"
+        return "" if all(statistics) else self._lost()
+
+    def _lost(self) -> str:
+        """The first statistic that was finite when the copy was taken and is not now: a layer may hold others."""
+        held, read = self._statistics, self.plan.backend.to_numpy
+        lost = ~np.isfinite(read(held.weights)) & np.isfinite(read(self._kept[id(held.weights)]))
+        return next((f"the running statistic {key!r}" for key in held.parameters if held.slice(lost, key).any()), "")
 
     def keep(self) -> None:
         """Take the copy."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
-from gpubackprop.callbacks import Callback, around
+from gpubackprop.callbacks import Callback, EarlyStopping, around
 from gpubackprop.checks import flag, number, whole
 from gpubackprop.data import as_features, check_same_length
 from gpubackprop.device_data import check_one_place, on_device, taken
@@ -31,6 +31,7 @@ from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.predictor import settings
 from gpubackprop.progress import Bar, Interrupts
+from gpubackprop.rates import check_measured, measures
 from gpubackprop.rerun import calls_own_code
 from gpubackprop.room import explained
 from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
@@ -49,15 +50,16 @@ TO_WIDER = ", or use precision bfloat16 or float32"
 
 
 class TrainingDiverged(FloatingPointError):
-    """Loss or weights became NaN or infinite; the model stands as after the last good epoch.
+    """Loss, weights, running statistics or the validation loss became NaN or infinite; the model stands as after the
+    last good epoch.
 
     Or no gradient of a whole epoch had a finite norm, so that no step was applied: in float16, at the least scale of
     the loss too. `unapplied` is then the precision.
     """
 
-    def __init__(self, epoch: int, step: int | None, unapplied: str = "") -> None:
-        super().__init__(epoch, step, unapplied)
-        self.epoch, self.step, self.unapplied = epoch, step, unapplied
+    def __init__(self, epoch: int, step: int | None, unapplied: str = "", what: str = "a weight") -> None:
+        super().__init__(epoch, step, unapplied, what)
+        self.epoch, self.step, self.unapplied, self.what = epoch, step, unapplied, what
 
     def __str__(self) -> str:
         remedy = "try a smaller learning rate or scaled inputs; gb.find_nan names the launch it began with"
@@ -69,7 +71,9 @@ class TrainingDiverged(FloatingPointError):
         elif self.step:
             what = f"the loss is NaN or infinite in epoch {self.epoch}, step {self.step}"
         else:
-            what = f"a weight is NaN or infinite after epoch {self.epoch}"
+            what = f"{self.what} is NaN or infinite after epoch {self.epoch}"
+            if self.what != "a weight":
+                remedy = "look for cells of x far from the others, such as a fill value, and remove or scale them"
         return f"fit: {what}; the model is as after epoch {self.epoch - 1}; {remedy}"
 
 
@@ -281,9 +285,10 @@ class Trainer:
     ) -> History:  # fmt: skip
         for rows in {batch_size, len(x) % batch_size or batch_size}:
             outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
+        sums = self._sums_of(y, outputs)
+        self._check_watched(callbacks, sums, held_out is not None)
         self.model.output_kind = self.objective.head
         source = self._source(x, y, w, batch_size)
-        sums = self._sums_of(y, outputs)
         if (count := -(-len(x) // batch_size)) > self._table.capacity:
             self._table = self._new_table(2 * count, self._control())
             self._steps.clear()  # they read the old one
@@ -298,18 +303,23 @@ class Trainer:
             ):  # fmt: skip
                 for _ in range(epochs):
                     seen = self._begin_epoch(source, steps, sums, shuffle, w)
-                    applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar, seen)
-                    figures = sums.figures(len(x), y, float(seen[-1])) | self._rate()
-                    if held_out is not None:
-                        figures |= {f"val_{k}": v for k, v in self._figures(*held_out).items()}
-                        figures["gap"] = figures["val_loss"] - figures["loss"]
+                    begun = self.step, self._batches, self._control()
+                    applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar, seen, begun)
+                    try:
+                        figures = sums.figures(len(x), y, float(seen[-1])) | self._rate()
+                        figures |= self._validated(held_out, figures["loss"])
+                    except BaseException:
+                        self._go_back(keeper, begun)
+                        raise
+                    keeper.keep()
+                    self.epoch += 1
                     self._note(figures)
                     bar.epoch(figures)
-                    stops = [isinstance(r := c(self), bool | np.bool_) and bool(r) for c in callbacks]
+                    stops = self._called(callbacks)
                     if not self.state.arena.holds_all:
                         raise RuntimeError("fit: a callback moved the model's parameters; do it between fits")
                     loss = figures["loss" if held_out is None else "val_loss"]
-                    if any(stops) or self.state.finished or (stop_below is not None and loss < stop_below):
+                    if stops or self.state.finished or (stop_below is not None and loss < stop_below):
                         break
         finally:
             for step in set(steps):
@@ -326,13 +336,12 @@ class Trainer:
 
     def _run_epoch(
         self, source: Source, steps: Sequence[Step], sums: Sums, keeper: Keeper, interrupts: Interrupts, bar: Bar,
-        weight: Array,
+        weight: Array, begun: tuple[int, int, Sequence[float]],
     ) -> bool:  # fmt: skip
         """Run every step; where one is cut short, or a value is not finite, go back to the last good epoch.
 
         Whether any step was applied: in float16 it may be none while the scale of the loss comes down.
         """
-        begun = self.step, self._batches, self._control()
         for i, step in enumerate(steps):
             first, last = i % self.accumulate == 0, (i + 1) % self.accumulate == 0 or i + 1 == len(steps)
             try:
@@ -344,22 +353,32 @@ class Trainer:
             self._batches += 1
             self.step += last
             if interrupts.pending and last:
-                if sums.bad_step or not keeper.finite():
+                if sums.bad_step or keeper.damage():
                     self._go_back(keeper, begun)
                 interrupts.deliver()
             if bar.shown and bar.due():
                 bar.advance(i * steps[0].rows + step.rows, sums.tally.peek() / (float(weight[i]) or 1))
         bad = sums.bad_step
-        if bad or not keeper.finite():
+        if bad or (damage := keeper.damage()):
             self._go_back(keeper, begun)
-            raise TrainingDiverged(self.epoch + 1, bad - self._batches if bad else None)
+            raise TrainingDiverged(self.epoch + 1, bad - self._batches) if bad else self._diverged(damage)
         scale, *_ = begun[2]
         if not (applied := self._table.applied()) and scale <= 2 ** (len(steps) - 1):  # 1 for the last step: no hope
             self._go_back(keeper, begun)
             raise TrainingDiverged(self.epoch + 1, None, self.precision.name)
-        keeper.keep()
-        self.epoch += 1
         return applied
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(self.epoch + 1, None, what=what)
+
+    def _validated(self, held_out: tuple[Buffer, Array, Array | None] | None, loss: float) -> dict[str, float]:
+        """The figures of the rows held out, if there are any; TrainingDiverged if only their loss is not finite."""
+        if held_out is None:
+            return {}
+        figures = {f"val_{k}": v for k, v in self._figures(*held_out).items()}
+        if math.isfinite(loss) and not math.isfinite(figures["val_loss"]):
+            raise self._diverged("the validation loss")
+        return figures | {"gap": figures["val_loss"] - loss}
 
     def _go_back(self, keeper: Keeper, begun: tuple[int, int, Sequence[float]]) -> None:
         keeper.restore()
@@ -435,10 +454,36 @@ class Trainer:
                 arena.refresh(self.precision.dtype)
 
     def _note(self, figures: dict[str, float]) -> None:
-        """One more epoch; a figure that an epoch lacks is NaN there."""
-        before = max(map(len, self.history.values()), default=0)
+        """One more epoch; a figure of the library's own that an epoch lacks is NaN there."""
+        before = len(self.history.get("loss", ()))
         for key in dict.fromkeys((*self.history, *figures)):
-            self.history.setdefault(key, [math.nan] * before).append(figures.get(key, math.nan))
+            if key in figures or measures(key):
+                self.history.setdefault(key, [math.nan] * before).append(figures.get(key, math.nan))
+
+    def _called(self, callbacks: Sequence[Callback]) -> bool:
+        """Call each; whether one stops. A figure that they append to the history stands once per epoch: of several the
+        last, NaN in epochs without."""
+        known, epochs = set(self.history), len(self.history["loss"])
+        try:
+            results = [c(self) for c in callbacks]  # all of them, whichever stops
+            return any(isinstance(r, bool | np.bool_) and bool(r) for r in results)
+        finally:
+            for key, values in self.history.items():
+                if not isinstance(values, list):
+                    continue
+                if len(values) > epochs:
+                    del values[epochs - 1 : -1]
+                elif len(values) < epochs:
+                    at = len(values) if key in known else 0
+                    values[at:at] = [math.nan] * (epochs - len(values))
+
+    def _check_watched(self, callbacks: Sequence[Callback], sums: Sums, validated: bool) -> None:
+        """Raise if a callback or a schedule of the library's watches a figure that this fit does not measure."""
+        own = ["loss", *(m.name for m, _ in sums.metrics)]
+        measured = [*own, *(f"val_{key}" for key in own), "gap"] if validated else own
+        for watcher in (*callbacks, *(o.lr for o in (self.optimizer, *(o for _, o in self.state.parts)))):
+            if isinstance(watcher, EarlyStopping) or callable(getattr(watcher, "rates", None)):
+                check_measured(getattr(watcher, "monitor", None), [*measured, *self._rate()], type(watcher).__name__)
 
     # ---- the step table
 

@@ -300,7 +300,8 @@ def test_when_it_stops(settings, losses, epochs, best, rng):
     x, t = regression(rng, 8)
     stop, kept = gb.EarlyStopping(**settings), {}
     trainer = gb.Trainer(gb.mlp([3, 2]), "mse", seed=0)
-    trainer.fit(x, t, epochs=4, callbacks=[scripted(losses), stop, lambda t: kept.setdefault(t.epoch, weights(t))])
+    callbacks = [scripted(losses), stop, lambda t: kept.setdefault(t.epoch, weights(t))]
+    trainer.fit(x, t, epochs=4, validation_data=(x, t), callbacks=callbacks)
     assert (trainer.epoch, stop.best_epoch) == (epochs, best)
     restored = weights(trainer)["0.weight"].tobytes()
     assert restored == kept.get(best, weights(trainer))["0.weight"].tobytes()
@@ -363,7 +364,7 @@ def test_bad_patience(bad, kind, message):
 
 def test_an_unknown_figure_lists_those_there_are(rng):
     x, t = regression(rng, 8)
-    with pytest.raises(ValueError, match="EarlyStopping: unknown figure 'val_loss'; the history has loss, r2"):
+    with pytest.raises(ValueError, match="EarlyStopping: 'val_loss' is not measured in this fit, which has loss, r2"):
         gb.Trainer(gb.mlp([3, 2]), "mse", seed=0).fit(x, t, epochs=1, callbacks=[gb.EarlyStopping("val_loss")])
 
 

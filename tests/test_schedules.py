@@ -91,9 +91,9 @@ def test_plateau_is_a_function_of_the_history():
 
 
 def test_plateau_lowers_the_rate_of_a_fit_that_stands_still():
-    _, trainer = path(gb.SGD(s.Plateau(0.5, patience=1, monitor="still")), epochs=1)
+    _, trainer = path(gb.SGD(s.Plateau(0.5, patience=1, monitor="still", mode="min")), epochs=1)
     trainer.history["still"] = [1.0]
-    stand = [lambda t: t.history["still"].__setitem__(-1, 1.0)]
+    stand = [lambda t: t.history["still"].append(1.0)]
     trainer.fit(np.ones((6, 1)), np.ones(6), epochs=3, batch_size=2, callbacks=stand)
     assert trainer.history["lr"] == pytest.approx([0.5, 0.5, 0.05, 0.005])
     trainer.fit(np.ones((6, 1)), np.ones(6), epochs=2, batch_size=2)  # epochs without the figure count for nothing

@@ -24,7 +24,7 @@ from gpubackprop.plot.figures import (
     line_style,
     new_axes,
 )
-from gpubackprop.rates import watched
+from gpubackprop.rates import direction, measures
 from gpubackprop.report import GradientReport
 from gpubackprop.trainer import Trainer
 
@@ -36,7 +36,7 @@ __all__ = ["curves", "decision_regions", "gradient_flow"]
 
 def curves(history: Any, figure: str = "loss", axes: Axes = None) -> Axes:
     """A figure of a history, or of a trainer's, after every epoch: of the rows trained on and of the validation rows,
-    with the gap between them shaded and the best epoch marked."""
+    with the gap between them shaded and, of the library's own figures, the best epoch marked."""
     found = history.history if isinstance(history, Trainer) else history
     if not isinstance(found, Mapping):
         raise TypeError(f"curves: history is {type(history).__name__}; expected what fit returns, or a trainer")
@@ -44,7 +44,8 @@ def curves(history: Any, figure: str = "loss", axes: Axes = None) -> Axes:
     if not own.size:
         raise ValueError("curves: the history is empty; train first")
     held = _curve(found, f"val_{figure}") if f"val_{figure}" in found else None
-    key, signed = watched(found, figure if held is None else f"val_{figure}", "curves")
+    key = figure if held is None else f"val_{figure}"
+    signed = np.asarray(found[key]) * (direction(key, "auto", "curves") if measures(key) else np.nan)
     axes = new_axes() if axes is None else axes
     epochs = np.arange(1, len(own) + 1)
     few = "o" if len(own) == 1 else None
