@@ -11,7 +11,7 @@ from gpubackprop import fused
 from gpubackprop.backends.base import Buffer, StepTable, Tally
 from gpubackprop.checks import number
 from gpubackprop.data import as_labels, as_probabilities, as_targets, on_host
-from gpubackprop.operands import graph
+from gpubackprop.operands import graph, row_by_row
 from gpubackprop.plan import empty, run
 from gpubackprop.shapes import cast
 from gpubackprop.tensor import Tensor
@@ -68,7 +68,8 @@ class Objective:
         """The sum of the batch's losses, by weight if there are weights of its rows; a user's loss knows none."""
         if not self.own:
             return self.function(output, target, reduction="sum", weights=weights)
-        mean = self.function(output, target)
+        with row_by_row(output, target):
+            mean = self.function(output, target)
         if not isinstance(mean, Tensor) or mean.size != 1:
             got = f"shape {mean.shape}" if isinstance(mean, Tensor) else type(mean).__name__
             raise TypeError(

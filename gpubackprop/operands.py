@@ -2,18 +2,29 @@
 
 import operator
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from gpubackprop.backends.base import Buffer, Graph, arithmetic
+from gpubackprop.backends.base import Buffer, Graph, arithmetic, setting
 from gpubackprop.backprop import Backprop, Gradients
 from gpubackprop.formulas import parse
 from gpubackprop.plan import empty
 from gpubackprop.tensor import FLOATS, Axis, Tensor
 
-__all__ = ["axes_of", "broadcast_shape", "constant", "graph", "new", "operands", "result", "share", "sum_to"]
+__all__ = [
+    "axes_of", "broadcast_shape", "constant", "graph", "new", "operands", "result", "row_by_row", "share", "sum_to",
+]  # fmt: skip
+
+_batch: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("batch", default=None)
+
+
+def row_by_row(output: Tensor, target: Tensor) -> AbstractContextManager[None]:
+    """Inside, one value per row as (n,) is not broadcast with the same as (n, 1): a loss of these means row by row."""
+    return setting(_batch, (output, target) if len(output) > 1 else None)
 
 
 def constant(value: Any, like: Tensor) -> Tensor:
@@ -69,11 +80,22 @@ def graph(text: str) -> Graph:
 
 def broadcast_shape(name: str, *tensors: Tensor) -> tuple[int, ...]:
     """The shape the tensors broadcast to."""
+    if (batch := _batch.get()) is not None:
+        _check_row_by_row(name, {t.shape for t in tensors}, *batch)
     try:
         return np.broadcast_shapes(*(t.shape for t in tensors))
     except ValueError:
         shapes = " and ".join(str(t.shape) for t in tensors)
         raise ValueError(f"{name}: shapes {shapes} do not broadcast") from None
+
+
+def _check_row_by_row(name: str, shapes: set[tuple[int, ...]], output: Tensor, target: Tensor) -> None:
+    flat, column = (n := len(output),), (len(output), 1)
+    if {flat, column} <= shapes:
+        has = "the output's shape" if target.shape == output.shape else "shape"
+        raise ValueError(f"{name}: shapes {flat} and {column} would broadcast to {(n, n)}, every row with every other; "
+                         f"in a loss the target has {has} {target.shape}: take output and target as they come, or one "
+                         f"column of each, as t[:, 0]; for all pairs of rows give one the shape {(1, n)}")  # fmt: skip
 
 
 def axes_of(name: str, x: Tensor, axis: Axis) -> tuple[int, ...]:

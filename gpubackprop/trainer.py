@@ -81,9 +81,11 @@ class Trainer:
     """Trains a model by mini-batch descent; after the first step of a batch size every step is a replay.
 
     `loss` is a name (cross_entropy, bce, mse, poisson, …) or a callable (output, target) -> tensor, the mean over
-    the batch; `optimizer` an instance or a name; `metrics` names (None: accuracy or r2, by the loss). `seed` keys the
-    weights (unless model.initialize ran before), the order of the rows and dropout; None draws a fresh one, kept in
-    `.seed`. While a thread trains a model, calls of other threads on it are errors; other calls wait for each other.
+    the batch. Its target has a row of columns for each row, as the output has: y (n,) comes as (n, 1), so that of one
+    output both are (n, 1); integers y (n,) of several outputs stay labels (n,). `optimizer` is an instance or a name,
+    `metrics` names (None: accuracy or r2, by the loss). `seed` keys the weights (unless model.initialize ran before),
+    the order of the rows and dropout; None draws a fresh one, kept in `.seed`. While a thread trains a model, calls of
+    other threads on it are errors; other calls wait for each other.
 
     `precision` is one of float32, float64, tf32, float16, bfloat16 (None: the model's). `clip_norm` scales a longer
     gradient down to that norm, which is taken in the type of the weights: a float32 gradient with elements beyond about
