@@ -238,8 +238,11 @@ def learning_curve(
     held_out = taken(held)
     curve = Columns()
     models: list[Layer] = []
-    for rows in _nested(part, codes, sizes, rng):
+    parts = _nested(part, codes, sizes, rng)
+    for rows in parts:
         trainer = make_trainer()
+        if not models:
+            _check_sizes(trainer, x, [len(p) for p in parts], batch_size)
         if any(trainer.model is model for model in models):
             raise ValueError("learning_curve: make_trainer gave the same model twice; make the model in it too")
         models.append(trainer.model)
@@ -249,6 +252,15 @@ def learning_curve(
         named = own | {f"val_{name}": figure for name, figure in others.items()}
         curve.add(rows=len(rows), **named, gap=others["loss"] - own["loss"])
     return curve
+
+
+def _check_sizes(trainer: "Trainer", x: Any, sizes: Sequence[int], batch_size: int) -> None:
+    """Raise before the first fit what a later one would, on so many rows, for its last batch."""
+    shape = getattr(x, "shape", None) or np.shape(x)
+    whole("learning_curve", "batch_size", batch_size)
+    if len(shape) == 2 and trainer.model.inputs in (None, shape[1]):
+        for n in sizes:
+            trainer._check_batches(shape[1], n, trainer._rows(n, batch_size))
 
 
 def _nested(rows: Rows, codes: Rows | None, sizes: Sequence[float], rng: "np.random.Generator") -> list[Rows]:

@@ -46,6 +46,7 @@ History = dict[str, list[float]]
 Order = Callable[[int], Any]
 KEPT_STEPS = 8
 FEWEST_ROWS = 1024  # of the step table
+TRIED_SIZES = 16  # above and below a batch size that does not work
 TO_WIDER = ", or use precision bfloat16 or float32"
 
 
@@ -265,13 +266,39 @@ class Trainer:
             if validation_data is not None:
                 held_x, held_y, *held_w = _held_out(validation_data)
                 held = self._data(held_x, held_y, "fit: validation_data", *held_w)
-            batch_size = len(x) if self._searches else min(int(batch_size), len(x))
+            batch_size = self._rows(len(x), batch_size)
             try:
                 return self._fit(x, y, w, int(epochs), batch_size, held, shuffle, list(callbacks), progress, stop_below)
             except DeviceMemoryError as error:  # whose traceback, and that of its cause, hold what the failed step took
                 failed = DeviceMemoryError(error.nbytes, error.free, error.total)
             self._steps.clear()
             raise explained(failed, self, x, y, w, batch_size) from None
+
+    def _rows(self, n: int, batch_size: int) -> int:
+        """The rows of a batch of n rows of data."""
+        return n if self._searches else min(int(batch_size), n)
+
+    def _check_batches(self, columns: int, n: int, batch_size: int, target: Array | None = None) -> int:
+        """Columns of the output; an error if a layer or the loss refuses the last batch of n rows, by its size."""
+        outputs = self._outputs(columns, batch_size, training=True, target=target)
+        if (rest := n % batch_size) and (error := self._refusal(columns, rest, target)):
+            tries = [*(batch_size + sign * i for i in range(1, TRIED_SIZES) for sign in (1, -1)), n]
+            fits = (
+                b for b in tries if 0 < b <= n
+                and not any(self._refusal(columns, rows, target) for rows in {b, n % b} - {0})
+            )  # fmt: skip
+            last = f"{rest} row{'s' * (rest > 1)}, as {n} = {n // batch_size} · {batch_size} + {rest}"
+            remedy = f"; batch_size={found} leaves no such batch" if (found := next(fits, None)) else ""
+            raise ValueError(f"fit: the last batch has {last}: {error}{remedy}") from error
+        return outputs
+
+    def _refusal(self, columns: int, rows: int, target: Array | None) -> ValueError | None:
+        """Why a training batch of so many rows cannot be, if it cannot."""
+        try:
+            self._outputs(columns, rows, training=True, target=target)
+        except ValueError as error:
+            return error
+        return None
 
     def _follow(self) -> None:
         """Go on where the model is now: it may have moved, grown, become part of another one, or been given masks."""
@@ -285,8 +312,7 @@ class Trainer:
         held_out: tuple[Buffer, Array, Array | None] | None, shuffle: bool | Order, callbacks: Sequence[Callback],
         progress: bool | None, stop_below: float | None,
     ) -> History:  # fmt: skip
-        for rows in {batch_size, len(x) % batch_size or batch_size}:
-            outputs = self._outputs(x.shape[1], rows, training=True, target=y)  # before anything is trained
+        outputs = self._check_batches(x.shape[1], len(x), batch_size, y)  # before anything is trained
         sums = self._sums_of(y, outputs)
         self._check_watched(callbacks, sums, held_out is not None)
         self.model.output_kind = self.objective.head
