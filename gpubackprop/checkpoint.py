@@ -21,6 +21,7 @@ __all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write
 
 FORMAT = 1
 ENTRY = "gpubackprop"  # one metadata entry: safetensors writes several in random order, so equal models would differ
+NAMES = ("feature_names", "target_names")  # of frames' columns, if the model knows any
 HEADS = (None, "softmax", "sigmoid", "identity", "exp")
 BUILTIN = frozenset(ACTIVATIONS)  # this module is imported before a user can register a row
 
@@ -62,7 +63,7 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
             for r in _registered_rows(model)
         ],
         "extra": dict(extra or {}),
-    }
+    } | {key: list(names) for key in NAMES if (names := getattr(model, key))}
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
@@ -188,6 +189,12 @@ def _model(header: dict[str, Any], where: str) -> Layer:
         model.dtype = dtype
     if head is not None:
         model.output_kind = head
+    for key in NAMES:
+        names = header.get(key)
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{where}: its header is damaged ({key} is no list of names); save it again")
+        if names:
+            setattr(model, key, tuple(names))
     return model
 
 

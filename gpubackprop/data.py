@@ -16,13 +16,16 @@ __all__ = [
     "as_seed",
     "as_targets",
     "as_weights",
+    "by_name",
     "check_same_length",
+    "column_names",
     "on_host",
     "row_count",
     "surely_finite",
 ]
 
 Array = NDArray[Any]
+MOST_LISTED = 8  # names in a message
 
 
 # ---- the door ----------------------------------------------------------------------------------------------
@@ -50,6 +53,39 @@ def as_features(
     if width == 0:
         raise ValueError(f"{where}: {name} has 0 columns, expected at least 1; pass some features")
     return _cast(a, dtype, where, name, finite)
+
+
+def column_names(a: Any) -> tuple[str, ...] | None:
+    """The names of a frame's columns; None for what has no names, or others than text."""
+    try:
+        names = tuple(getattr(a, "columns", ()))
+    except TypeError:
+        return None
+    return names if names and all(isinstance(name, str) for name in names) else None
+
+
+def by_name(a: Any, names: Sequence[str] | None, where: str, name: str = "x") -> Any:
+    """A frame with its columns in the order of these names, which must be its own; anything without names as it is."""
+    given = column_names(a)
+    if names is None or given is None or given == tuple(names):
+        return a
+    if sorted(given) == sorted(names) and len(set(given)) == len(given):
+        if hasattr(a, "iloc") or hasattr(a, "select"):
+            return a[list(names)] if hasattr(a, "iloc") else a.select(list(names))
+        place = {key: i for i, key in enumerate(given)}
+        return on_host(a, where, name)[:, [place[key] for key in names]]
+    missing, others = [k for k in names if k not in given], [k for k in given if k not in names]
+    faults = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has {_listed(others)}, which is new"] * bool(others)
+    attribute = "feature_names" if name == "x" else "target_names"
+    raise ValueError(
+        f"{where}: {name} {' and '.join(faults) or 'has columns of one name in another order'}; the model knows the "
+        f"columns {_listed(names)}; pass these, in any order (model.{attribute} = None goes by position)"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > MOST_LISTED else ""
+    return ", ".join(map(repr, names[:MOST_LISTED])) + more
 
 
 def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDArray[np.int64]:

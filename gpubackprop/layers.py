@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
-from gpubackprop.data import as_features
+from gpubackprop.data import as_features, by_name, column_names
 from gpubackprop.formulas import CONSTRAINTS, Constraint
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
 from gpubackprop.operands import graph
@@ -216,12 +216,16 @@ class Scaler(Layer):
         self.scale = Parameter((columns,), "ones", trainable=False)
 
     def fit(self, x: Any) -> "Scaler":
-        """Take each column's mean and standard deviation (in float64) from the rows of x."""
+        """Take each column's mean and standard deviation (in float64) from the rows of x, and a frame's names."""
+        names = column_names(x)
+        if sorted(names or ()) == sorted(self.feature_names or ()):  # the weights behind it know this order
+            names, x = self.feature_names, by_name(x, self.feature_names, "Scaler.fit")
         rows = as_features(x, "float64", self.inputs, "Scaler.fit")
         deviation = rows.std(0)
         self.mean.init, self.scale.init = rows.mean(0), np.where(rows.max(0) > rows.min(0), deviation, 1.0)
         self.homes()
         self._draw(0, ["mean", "scale"])
+        self.feature_names = names
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,6 +245,9 @@ class Sequential(Layer):
 
     def children(self) -> dict[str, Layer]:
         return {str(i): layer for i, layer in enumerate(self.layers)}
+
+    def _takers_of_x(self) -> Sequence[Layer]:
+        return self.layers[:1]
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -270,6 +277,9 @@ class Concatenate(Sequential):
         if not branches:
             raise ValueError("Concatenate: at least one branch expected, got none")
         super().__init__(*branches, dtype=dtype)
+
+    def _takers_of_x(self) -> Sequence[Layer]:
+        return self.layers
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = [branch(x) for branch in self.layers]

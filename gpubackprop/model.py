@@ -1,7 +1,7 @@
 """What every layer and model is: declared parameters, a tree of sublayers, one arena, a forward of operations."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from gpubackprop import initializers, ops
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device, setting
-from gpubackprop.data import as_features, as_seed
+from gpubackprop.data import as_features, as_seed, by_name
 from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
@@ -58,6 +58,8 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
 
 # ---- the base ------------------------------------------------------------------------------------------------------
 
+NO_MEMBERS = ("arguments", "_arenas", "_feature_names", "target_names")  # attributes that hold no layers or parameters
+
 CLASSES: dict[str, type["Layer"]] = {}  # by the name that model files use
 
 
@@ -76,6 +78,8 @@ class Layer:
 
     dtype: npt.DTypeLike = "float32"
     output_kind: str | None = None  # what makes predictions of outputs: "softmax", "sigmoid", …; the Trainer sets it
+    target_names: tuple[str, ...] | None = None  # of the columns of y, as feature_names of x
+    _feature_names: tuple[str, ...] | None = None
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     seed: int | None = None  # of the drawn weights; None while they are not drawn
     _arenas: tuple[Arena, Arena] | None = None  # trained and not
@@ -142,6 +146,28 @@ class Layer:
     def inputs(self, columns: int) -> None:
         self._inputs = columns
 
+    @property
+    def feature_names(self) -> tuple[str, ...] | None:
+        """The names of x's columns, in the order that the weights have them; the first fit on a frame sets them.
+
+        A frame with the same names is then taken by name, whatever their order; one with others is an error. Arrays,
+        and frames whose columns are not named by text, go by position; with None so do all.
+        """
+        return self._feature_names or next((n for layer in self._takers_of_x() if (n := layer.feature_names)), None)
+
+    @feature_names.setter
+    def feature_names(self, names: Iterable[str] | None) -> None:
+        given = None if names is None else tuple(names)
+        if isinstance(names, str) or not all(isinstance(name, str) for name in given or ()):
+            raise TypeError(f"feature_names: a list of the columns' names expected, or None, got {names!r}")
+        self._feature_names = given
+        for layer in self._takers_of_x():
+            layer.feature_names = given
+
+    def _takers_of_x(self) -> "Sequence[Layer]":
+        """The layers below that take this layer's x as it is, as far as that is known."""
+        return ()
+
     # ---- the tree
 
     def _members(self) -> Iterator[tuple[str, Any]]:
@@ -149,7 +175,7 @@ class Layer:
         for name, value in vars(self).copy().items():  # another thread may add an attribute
             if not isinstance(value, list | tuple | dict):
                 yield name, value
-            elif name not in ("arguments", "_arenas"):
+            elif name not in NO_MEMBERS:
                 yield from _flat(name, value)
 
     def children(self) -> dict[str, "Layer"]:
@@ -316,6 +342,7 @@ class Layer:
 
     def _as_input(self, x: Any) -> Tensor:
         homes = self.homes()
+        x = by_name(x, self.feature_names, self._path or type(self).__name__)
         rows = as_features(x, homes[0].dtype if homes else self.dtype, self.inputs, self._path or type(self).__name__)
         return Tensor(self.backend.asarray(np.array(rows)), self.backend)  # the caller may write over x
 

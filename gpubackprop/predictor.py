@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, is_on_device
-from gpubackprop.data import as_features, surely_finite
+from gpubackprop.data import as_features, by_name, surely_finite
 from gpubackprop.device_data import on_device
 from gpubackprop.plan import Plan
 from gpubackprop.tensor import Tensor
@@ -47,6 +47,7 @@ class Predictor:
         """The model's output for every row of x, as a buffer of the model's device."""
         homes = model.homes()
         dtype = homes[0].dtype if homes else model.dtype
+        x = by_name(x, model.feature_names, "predict")
         door = partial(as_features, x, dtype, model.inputs, "predict")
         if host := not is_on_device(x):  # looked at part by part, while each is in the cache
             rows = door(finite=False)

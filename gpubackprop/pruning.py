@@ -14,7 +14,7 @@ from gpubackprop.backends import get_backend
 from gpubackprop.backprop import backward
 from gpubackprop.checks import choice, number
 from gpubackprop.columns import Columns
-from gpubackprop.data import as_features
+from gpubackprop.data import as_features, by_name
 from gpubackprop.fused import activation_row
 from gpubackprop.layers import Activation, Concatenate, Dense, Dropout, InputNoise, Residual, Sequential, edges
 from gpubackprop.model import Layer, Mode, check_model, mode, training
@@ -181,6 +181,7 @@ def shrink(model: Layer, x: Any = None) -> Layer:
     """
     check_model(model, "shrink")
     device = model.backend.device  # which draws what has no value yet
+    x = by_name(x, model.feature_names, "shrink")
     rows = None if x is None else as_features(x, model.dtype, model.inputs, "shrink")
     if rows is not None and len(rows) < 2:
         raise ValueError(f"shrink: x has {len(rows)} rows, expected two or more; in one row every unit is constant")

@@ -17,7 +17,7 @@ from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.callbacks import Callback, EarlyStopping, around
 from gpubackprop.checks import flag, number, whole
-from gpubackprop.data import as_features, check_same_length
+from gpubackprop.data import as_features, by_name, check_same_length, column_names
 from gpubackprop.device_data import check_one_place, on_device, taken
 from gpubackprop.layers import edges
 from gpubackprop.lbfgs import Curvature, SearchStep
@@ -44,6 +44,7 @@ __all__ = ["Trainer", "TrainingDiverged"]
 Array = npt.NDArray[Any]
 History = dict[str, list[float]]
 Order = Callable[[int], Any]
+Names = tuple[str, ...] | None
 KEPT_STEPS = 8
 FEWEST_ROWS = 1024  # of the step table
 TRIED_SIZES = 16  # above and below a batch size that does not work
@@ -261,14 +262,17 @@ class Trainer:
                     f"{self.precision.name}; make a new Trainer"
                 )
             self._follow()
+            named = self._names(x, y)
             x, y, w = self._data(x, y, "fit", sample_weight, class_weight)
             held = None
             if validation_data is not None:
-                held_x, held_y, *held_w = _held_out(validation_data)
-                held = self._data(held_x, held_y, "fit: validation_data", *held_w)
+                held_x, held_y, held_w = (*_held_out(validation_data), None)[:3]
+                held = self._data(held_x, held_y, "fit: validation_data", held_w, named=named)
             batch_size = self._rows(len(x), batch_size)
             try:
-                return self._fit(x, y, w, int(epochs), batch_size, held, shuffle, list(callbacks), progress, stop_below)
+                return self._fit(
+                    x, y, w, int(epochs), batch_size, held, shuffle, list(callbacks), progress, stop_below, named
+                )  # fmt: skip
             except DeviceMemoryError as error:  # whose traceback, and that of its cause, hold what the failed step took
                 failed = DeviceMemoryError(error.nbytes, error.free, error.total)
             self._steps.clear()
@@ -310,12 +314,13 @@ class Trainer:
     def _fit(
         self, x: Buffer, y: Array, w: Array | None, epochs: int, batch_size: int,
         held_out: tuple[Buffer, Array, Array | None] | None, shuffle: bool | Order, callbacks: Sequence[Callback],
-        progress: bool | None, stop_below: float | None,
+        progress: bool | None, stop_below: float | None, named: tuple[Names, Names],
     ) -> History:  # fmt: skip
         outputs = self._check_batches(x.shape[1], len(x), batch_size, y)  # before anything is trained
         sums = self._sums_of(y, outputs)
         self._check_watched(callbacks, sums, held_out is not None)
         self.model.output_kind = self.objective.head
+        self.model.feature_names, self.model.target_names = named
         source = self._source(x, y, w, batch_size)
         if (count := -(-len(x) // batch_size)) > self._table.capacity:
             self._table = self._new_table(2 * count, self._control())
@@ -593,11 +598,25 @@ class Trainer:
 
     # ---- data
 
+    def _names(self, x: Any, y: Any) -> tuple[Names, Names]:
+        """The model's names of the columns of x and y; where it has none, those of these frames. One column of y goes
+        by any name."""
+        given = column_names(y) or ()
+        return (
+            self.model.feature_names or column_names(x),
+            self.model.target_names or (given if len(given) > 1 else None),
+        )
+
     def _data(
         self, x: Any, y: Any, where: str, sample_weight: Any = None,
-        class_weight: Mapping[Any, float] | str | None = None,
+        class_weight: Mapping[Any, float] | str | None = None, named: tuple[Names, Names] | None = None,
     ) -> tuple[Buffer, Array, Array | None]:  # fmt: skip
-        """x as checked rows, where it lies; y as checked targets, and the weights of the rows if any, on the host."""
+        """x as checked rows, where it lies; y as checked targets, and the weights of the rows if any, on the host.
+
+        Frames' columns are taken by the model's names, or these.
+        """
+        names = self._names(x, y) if named is None else named
+        x, y = (by_name(a, known, where, name) for a, known, name in zip((x, y), names, "xy", strict=True))
         check_one_place(x, y, where)
         if is_on_device(x):
             rows = on_device(x, self.backend, self.model.dtype, self.model.inputs, where, "x")

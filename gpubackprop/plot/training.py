@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import whole
-from gpubackprop.data import as_features, as_labels, check_same_length
+from gpubackprop.data import as_features, as_labels, by_name, check_same_length
 from gpubackprop.model import Layer, check_model
 from gpubackprop.plot.figures import (
     BLACK,
@@ -154,7 +154,7 @@ def decision_regions(
     where = "decision_regions"
     model = model.model if isinstance(model, Trainer) else model
     check_model(model, where)
-    rows = as_features(x, np.float64, model.inputs, where)
+    rows = as_features(by_name(x, model.feature_names, where), np.float64, model.inputs, where)
     check_same_length(rows, y, where)
     across, up = _two(columns, rows.shape[1], where)
     titles = _named(names, [f"column {i}" for i in range(rows.shape[1])], f"{where}: x has", "columns but names")
