@@ -83,7 +83,8 @@ def _attributes_kept(model: Layer) -> Iterator[None]:
         yield
     finally:
         for attributes, before, held in kept:
-            attributes.clear()
+            for new in attributes.keys() - before.keys():
+                del attributes[new]
             attributes.update(before)
             for value, copy in held:
                 value.clear()

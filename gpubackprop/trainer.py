@@ -251,8 +251,13 @@ class Trainer:
         "balanced" (n / (classes · rows of the class)); of both, the product. A batch's loss is Σ w·loss / Σ w, that of
         an epoch the same over all rows; metrics do not weigh. `validation_data` is (x, y) or (x, y, weights).
 
-        TrainingDiverged if loss or weights are not finite, or no gradient of an epoch is in float16 at any scale of the
-        loss; a RuntimeWarning if no step of all epochs was applied while that scale comes down.
+        A frame's columns are taken by the names of `model.feature_names` (of y, `target_names`), which the first fit on
+        a frame sets. What callbacks append to a list in the history stands once per epoch there.
+
+        A step that calls layers or a loss of one's own is recorded anew in each fit, and run afresh beside its first
+        replay: a RuntimeError if it depends on what Python draws, counts or reads. TrainingDiverged if loss, weights,
+        running statistics or the validation loss are not finite, or no gradient of an epoch is in float16 at any scale
+        of the loss; a RuntimeWarning if no step of all epochs was applied while that scale comes down.
         """
         _check_fit(epochs, batch_size, shuffle, callbacks, stop_below)
         with using("fit", self.shared(), training=True):
