@@ -10,8 +10,10 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Any
+from weakref import WeakValueDictionary
 
 __all__ = [
     "ACTIVATIONS",
@@ -24,9 +26,19 @@ __all__ = [
     "UNARY",
     "Activation",
     "Expr",
+    "cut",
     "parse",
     "register_activation",
 ]
+
+
+LONGEST = 5000  # characters of a description; the built-in rows keep below
+KEPT = 1024  # graphs, and what is made of them, that a cache holds: users register rows, and drop them again
+
+
+def cut(text: str, most: int = 200) -> str:
+    """The text, or its beginning and … if it is longer."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 # ---- the rows ------------------------------------------------------------------------------------------------------
@@ -373,10 +385,24 @@ class Expr:
     def __reduce__(self) -> Any:  # a copy is the interned node itself
         return _intern, (self.op, self.args, self.value, _sign(self.value))
 
+    @cached_property
+    def order(self) -> tuple["Expr", ...]:
+        """Every node of the graph once, arguments before users."""
+        return tuple(walk([self]))
 
-@cache
+    @cached_property
+    def text(self) -> str:
+        """The graph as `describe` gives it."""
+        return _described(self)
+
+
+_nodes: WeakValueDictionary[tuple[Any, ...], Expr] = WeakValueDictionary()  # a graph goes with its last user
+
+
 def _intern(op: str, args: tuple[Expr, ...], value: str | float, sign: float) -> Expr:
-    return Expr(op, args, value)
+    key = op, args, value, sign
+    node = _nodes.get(key)
+    return _nodes.setdefault(key, Expr(op, args, value)) if node is None else node
 
 
 def _sign(value: str | float) -> float:
@@ -393,13 +419,13 @@ def number(value: float) -> Expr:
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an integer beyond float64
-        finite = False
+        raise ValueError("formula: an integer literal is too large for a float64") from None
     if not finite:
         raise ValueError(f"formula: the literal {value} is not a finite float64")
     return _intern("number", (), float(value), _sign(float(value)))
 
 
-@cache  # texts are few, and eager code binds them again and again
+@lru_cache(maxsize=KEPT)  # eager code binds them again and again
 def _graph(text: str, constants: tuple[tuple[str, float], ...], x: Expr) -> Expr:
     return value(text, dict(constants), {"x": x})
 
@@ -417,14 +443,22 @@ def apply(op: str, *args: Expr) -> Expr:
 
 def chain(dy: Expr, derivative: Expr) -> Expr:
     """dy * derivative, the product taken inside `where` and 0 and 1 folded, so that 0·inf cannot appear."""
-    if derivative.op == "where":
-        condition, a, b = derivative.args
-        return apply("where", condition, chain(dy, a), chain(dy, b))
-    if derivative.op == "number" and derivative.value in (0.0, 1.0, -1.0):
-        return {0.0: number(0), 1.0: dy, -1.0: apply("neg", dy)}[float(derivative.value)]
-    if derivative.op == "neg":
-        return apply("neg", chain(dy, derivative.args[0]))
-    return apply("*", dy, derivative)
+    done: dict[Expr, Expr] = {}
+    for node in walk([derivative], _factors):
+        if node.op == "where":
+            done[node] = apply("where", node.args[0], *(done[a] for a in node.args[1:]))
+        elif node.op == "number" and node.value in (0.0, 1.0, -1.0):
+            done[node] = {0.0: number(0), 1.0: dy, -1.0: apply("neg", dy)}[float(node.value)]
+        elif node.op == "neg":
+            done[node] = apply("neg", done[node.args[0]])
+        else:
+            done[node] = apply("*", dy, node)
+    return done[derivative]
+
+
+def _factors(node: Expr) -> tuple[Expr, ...]:
+    """The arguments into which a factor of the node is taken."""
+    return node.args[1:] if node.op == "where" else node.args if node.op == "neg" else ()
 
 
 def parse(
@@ -444,7 +478,7 @@ def parse(
     except (RecursionError, MemoryError, UnicodeError):
         raise ValueError(f"formula {text[:40]!r}…: too deep, or not text") from None
     except SyntaxError as error:
-        raise ValueError(f"formula {text.strip()!r}: not an expression or assignment ({error.msg})") from None
+        raise ValueError(f"formula {cut(repr(text.strip()))}: not an expression or assignment ({error.msg})") from None
     if not out:
         raise ValueError("formula: the text is empty")
     return out
@@ -454,7 +488,7 @@ def value(text: str, constants: Mapping[str, float] | None = None, given: Mappin
     """The graph of a text's last line, which must be a bare expression."""
     graphs = parse(text, constants, given)
     if RESULT not in graphs:
-        raise ValueError(f"formula {text.strip()!r}: the last line must be an expression")
+        raise ValueError(f"formula {cut(repr(text.strip()))}: the last line must be an expression")
     return graphs[RESULT]
 
 
@@ -466,7 +500,7 @@ def _statement(line: ast.stmt, scope: Mapping[str, Expr], last: bool) -> tuple[s
             return target, apply(OPERATORS[type(op)], scope.get(target, name(target)), _expression(value, scope))
         case ast.Expr(value=value) if last:
             return RESULT, _expression(value, scope)
-    raise ValueError(f"formula line {ast.unparse(line)!r}: expected `name = …`, `name += …` or a last expression")
+    raise ValueError(f"formula line {_quoted(line)}: expected `name = …`, `name += …` or a last expression")
 
 
 def _expression(node: ast.expr, scope: Mapping[str, Expr]) -> Expr:
@@ -480,20 +514,24 @@ def _expression(node: ast.expr, scope: Mapping[str, Expr]) -> Expr:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             return apply(OPERATORS[type(op)], _expression(left, scope), _expression(right, scope))
         case ast.Call(func=ast.Name(id="where"), args=[test, *arms], keywords=[]):
-            return _call("where", [_condition(test, scope), *(_expression(a, scope) for a in arms)], ast.unparse(node))
+            return _call("where", [_condition(test, scope), *(_expression(a, scope) for a in arms)], node)
         case ast.Call(func=ast.Name(id=function), args=args, keywords=[]):
-            return _call(function, [_expression(a, scope) for a in args], ast.unparse(node))
-    raise ValueError(f"formula {ast.unparse(node)!r}: only + - * /, one comparison, numbers, names and calls are known")
+            return _call(function, [_expression(a, scope) for a in args], node)
+    raise ValueError(f"formula {_quoted(node)}: only + - * /, one comparison, numbers, names and calls are known")
 
 
 def _condition(node: ast.expr, scope: Mapping[str, Expr]) -> Expr:
     match node:
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in COMPARISONS:
             return apply(COMPARISONS[type(op)], _expression(left, scope), _expression(right, scope))
-    raise ValueError(f"formula {ast.unparse(node)!r}: the first argument of where must be a comparison")
+    raise ValueError(f"formula {_quoted(node)}: the first argument of where must be a comparison")
 
 
-def _call(function: str, args: list[Expr], text: str) -> Expr:
+def _quoted(node: ast.AST) -> str:
+    return cut(repr(ast.unparse(node)))
+
+
+def _call(function: str, args: list[Expr], node: ast.AST) -> Expr:
     if function == "polynomial" and len(args) > 1:  # polynomial(x, c0, c1, …), by Horner's rule
         x, *coefficients = args
         total = coefficients.pop()
@@ -502,16 +540,17 @@ def _call(function: str, args: list[Expr], text: str) -> Expr:
         return total
     known = FUNCTIONS | dict.fromkeys(DERIVED, 1)
     if function not in known:
-        raise ValueError(f"formula {text!r}: unknown function {function!r}; choose from {', '.join(sorted(known))}")
+        raise ValueError(f"formula {_quoted(node)}: unknown function {cut(repr(function))}; "
+                         f"choose from {', '.join(sorted(known))}")  # fmt: skip
     if len(args) != known[function]:
-        raise ValueError(f"formula {text!r}: {function} takes {known[function]} arguments, got {len(args)}")
+        raise ValueError(f"formula {_quoted(node)}: {function} takes {known[function]} arguments, got {len(args)}")
     return value(DERIVED[function], given={"x": args[0]}) if function in DERIVED else apply(function, *args)
 
 
 # ---- reading the graph ---------------------------------------------------------------------------------------------
 
 
-def walk(roots: Iterable[Expr]) -> list[Expr]:
+def walk(roots: Iterable[Expr], below: Callable[[Expr], tuple[Expr, ...]] = attrgetter("args")) -> list[Expr]:
     """Every node below the roots once, arguments before users (iteratively: formulas may be deep)."""
     order: dict[Expr, None] = {}
     stack = [(root, False) for root in reversed(list(roots))]
@@ -521,7 +560,7 @@ def walk(roots: Iterable[Expr]) -> list[Expr]:
             order[node] = None
         elif node not in order:
             stack.append((node, True))
-            stack.extend((a, False) for a in reversed(node.args))
+            stack.extend((a, False) for a in reversed(below(node)))
     return list(order)
 
 
@@ -549,15 +588,21 @@ def renamed(graph: Mapping[str, Expr], names: Mapping[str, str]) -> dict[str, Ex
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "neg": 3}
 
 
-@cache
 def describe(root: Expr) -> str:
-    """The graph as one line of the language, with no parenthesis that precedence makes needless."""
+    """The graph as one line of the language, with no parenthesis that precedence makes needless.
+
+    A text of more than LONGEST characters is cut and ends in …: one for a shared graph may be exponentially long.
+    """
+    return root.text
+
+
+def _described(root: Expr) -> str:
     text: dict[Expr, str] = {}
 
     def bracketed(node: Expr, least: int) -> str:
         return f"({text[node]})" if _PRECEDENCE.get(node.op, 9) < least else text[node]
 
-    for node in walk([root]):
+    for node in root.order:
         if node.op == "name":
             text[node] = str(node.value)
         elif node.op == "number":
@@ -571,6 +616,7 @@ def describe(root: Expr) -> str:
             text[node] = f"{text[node.args[0]]} {node.op} {text[node.args[1]]}"
         else:
             text[node] = f"{node.op}({', '.join(text[a] for a in node.args)})"
+        text[node] = cut(text[node], LONGEST)
     return text[root]
 
 
@@ -613,15 +659,10 @@ _PYTHON: dict[str, Callable[..., Any]] = {f: getattr(math, f) for f in FUNCTIONS
 }  # fmt: skip
 
 
-@cache  # the columns of the step table are evaluated in every epoch
-def _order(root: Expr) -> tuple[Expr, ...]:
-    return tuple(walk([root]))
-
-
 def evaluate(root: Expr, values: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] = _PYTHON) -> Any:
     """The value of a graph for given values of its names, in Python floats or by another table of functions."""
     result: dict[Expr, Any] = {}
-    for node in _order(root):
+    for node in root.order:
         if node.op == "number":
             result[node] = node.value
         elif node.op == "name":
@@ -634,6 +675,9 @@ def evaluate(root: Expr, values: Mapping[str, Any], functions: Mapping[str, Call
 # ---- users' rows ---------------------------------------------------------------------------------------------------
 
 
+TEXT, NODES = 4096, 2000  # characters of each text of a row, and nodes of its graphs, at most
+
+
 def register_activation(name: str, forward: str, derivative: str, **constants: float) -> Activation:
     """Add the row y = forward(x), derivative of y (or x), after checking it against central differences.
 
@@ -642,21 +686,26 @@ def register_activation(name: str, forward: str, derivative: str, **constants: f
     """
     for text in (name, forward, derivative):
         if not isinstance(text, str):
-            raise TypeError(f"register_activation: texts expected, got {type(text).__name__} {text!r}")
+            raise TypeError(f"register_activation: texts expected, got {type(text).__name__} {cut(repr(text))}")
+        if len(text) > TEXT:
+            got = f"{cut(repr(text), 40)} has {len(text):,} characters"
+            raise ValueError(f"register_activation: {got}, expected at most {TEXT:,}")
     for key, constant in constants.items():
         if not isinstance(constant, int | float):
-            raise TypeError(f"register_activation: {key} must be a number, got {type(constant).__name__} {constant!r}")
+            got = f"{type(constant).__name__} {cut(repr(constant))}"
+            raise TypeError(f"register_activation: {cut(key)} must be a number, got {got}")
     new = row(name, forward, derivative, **constants)
     if not name.isidentifier():
-        raise ValueError(f"register_activation: {name!r} is not an identifier")
+        raise ValueError(f"register_activation: {cut(repr(name))} is not an identifier")
     if ACTIVATIONS.get(name, new) != new:
-        raise ValueError(
-            f"register_activation: {name!r} is taken by {ACTIVATIONS[name].forward!r}; choose another name"
-        )
+        taken = f"{cut(repr(name))} is taken by {cut(repr(ACTIVATIONS[name].forward))}"
+        raise ValueError(f"register_activation: {taken}; choose another name")
     y, d = new.forward_graph(), value(derivative, constants)
+    if (nodes := len(walk([y, d]))) > NODES:
+        raise ValueError(f"register_activation: {cut(repr(name))} has {nodes:,} operations, expected at most {NODES:,}")
     for text, graph, allowed in (("forward", y, {"x"}), ("derivative", d, {"x", "y"})):
         if unknown := sorted(set(free_names(graph)) - allowed):
-            raise ValueError(f"register_activation: {text} of {name!r} names {', '.join(unknown)}; "
+            raise ValueError(f"register_activation: {text} of {name!r} names {cut(', '.join(unknown))}; "
                              f"give each a value as a keyword, name=…")  # fmt: skip
     _check_derivative(name, y, d)
     ACTIVATIONS[name] = new

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from gpubackprop import ops
 from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable, Tally, arithmetic
 from gpubackprop.backprop import Gradients
-from gpubackprop.formulas import ACTIVATIONS, LOSSES, PASSES, RESULT, Activation, Loss, apply, name, parse
+from gpubackprop.formulas import ACTIVATIONS, KEPT, LOSSES, PASSES, RESULT, Activation, Loss, apply, name, parse
 from gpubackprop.observe import observer
 from gpubackprop.operands import graph, operands, result, share
 from gpubackprop.plan import empty, run
@@ -34,7 +34,7 @@ def activation_row(activation: str) -> Activation:
     return ACTIVATIONS[activation]
 
 
-@cache
+@lru_cache(maxsize=KEPT)
 def dense_graph(row: Activation, bias: bool) -> Graph:
     """y = f(x + b); the pre-activation is kept in x only if f' is written in it."""
     x = apply("+", name("x"), name("b")) if bias else name("x")

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gpubackprop import ops
 from gpubackprop.backends.base import Buffer
 from gpubackprop.diagnostics import Observed, Site, gradient_at, observed
-from gpubackprop.formulas import Activation, evaluate
+from gpubackprop.formulas import KEPT, Activation, evaluate
 from gpubackprop.plan import aligned
 from gpubackprop.tensor import Tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -226,7 +226,7 @@ def _slopes(row: Activation, z: Tensor, seen: Observed) -> Floats:
     return np.abs(_host(gradient_at(leaf), seen))
 
 
-@cache
+@lru_cache(maxsize=KEPT)
 def _peak(row: Activation) -> float:
     """The largest |f′| of an activation that flattens on both sides; 0 of others."""
     backward, forward = row.backward_graph(), row.forward_graph()

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from gpubackprop.backends import skeletons
 from gpubackprop.backends.base import Buffer, Graph, StepTable
-from gpubackprop.formulas import Expr, describe, free_names, hoist, name, renamed
+from gpubackprop.formulas import KEPT, Expr, describe, free_names, hoist, name, renamed
 
 __all__ = ["Formula", "steps_of"]
 
@@ -98,7 +98,7 @@ def _places(table: Any, hoisted: Mapping[str, Expr], suffix: str) -> dict[str, A
     return {"table": table.table, "state": table.state, "width": table.width, **at}
 
 
-@cache
+@lru_cache(maxsize=KEPT)
 def _source(
     skeleton: str, kernel: str, graph: tuple[Any, ...], single: tuple[str, ...], table: tuple[Any, ...],
     wide: tuple[str, ...], options: tuple[Any, ...], dtype: str,

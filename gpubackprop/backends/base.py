@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.formulas import Expr, walk
+from gpubackprop.formulas import KEPT, Expr, walk
 
 __all__ = [
     "CONTROL", "GROWTH_STEPS", "LARGEST_SCALE", "Backend", "Buffer", "CaptureError", "Graph", "Launch", "Staging",
@@ -246,7 +246,7 @@ def flops_of(graph: Graph, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * _operations(tuple(graph.values()))
 
 
-@cache
+@lru_cache(maxsize=KEPT)
 def _operations(roots: tuple[Expr, ...]) -> int:
     return sum(1 for node in walk(roots) if node.args)
 

@@ -6,7 +6,7 @@ A graph is compiled once into instructions over registers; binding it to arrays 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Workspace
-from gpubackprop.formulas import COMPARISONS, Expr, walk
+from gpubackprop.formulas import COMPARISONS, KEPT, Expr, walk
 
 __all__ = ["CHUNK", "bind", "chunks", "compile_graph"]
 
@@ -199,7 +199,7 @@ def _cut(a: Array, index: tuple[int | slice, ...], shape: tuple[int, ...]) -> Ar
     return np.broadcast_to(a, shape)[index] if index else a
 
 
-@cache
+@lru_cache(maxsize=KEPT)
 def _constant(value: str, dtype: np.dtype[Any]) -> Array:
     return np.array(float(value), dtype)
 

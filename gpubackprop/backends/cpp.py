@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def written() -> dict[str, str]:
     return {name: file for file, text in files.items() if "$" not in text for name in _GLOBAL.findall(text)}
 
 
-@cache
+@lru_cache(maxsize=formulas.KEPT)
 def signature(text: str, name: str) -> list[tuple[str, str]]:
     """(C++ type, name) of each argument of a kernel in a source, spaces normalised: ("const T* __restrict__", "x")."""
     match = re.search(_GLOBAL.pattern.replace(r"(\w+)", name) + r"([^)]*)\)", text)

@@ -101,7 +101,7 @@ class Loop:
         return filled(skeleton(f"host/{self.skeleton}.cpp")[1], words, {k: list(v) for k, v in blocks.items()})
 
 
-@lru_cache(maxsize=4096)  # eager code binds the same again and again
+@lru_cache(maxsize=formulas.KEPT)  # eager code binds the same again and again
 def loop(
     skeleton: str, graph: tuple[tuple[str, formulas.Expr], ...], arrays: tuple[str, ...],
     columnwise: tuple[str, ...] = (), rowwise: tuple[str, ...] = (), single: tuple[str, ...] = (),

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from gpubackprop.backends import host
 from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally, one_per_row, owned
 from gpubackprop.backends.numpy import Calls, NumpyBackend, calls_of
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally
-from gpubackprop.formulas import describe, name
+from gpubackprop.formulas import KEPT, describe, name
 
 __all__ = ["Library", "NativeBackend", "available", "blas_product", "cores", "library", "why_not_native"]
 
@@ -64,7 +64,7 @@ class Library:
         function.argtypes, function.restype = types, None
         return function
 
-    @cache  # noqa: B019 - there is one library
+    @lru_cache(maxsize=KEPT)  # noqa: B019 - there is one library
     def kernel(self, name: str, dtype: np.dtype[Any]) -> Any:
         """The kernel of that name and type; None if there is none."""
         try:
