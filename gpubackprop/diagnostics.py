@@ -64,7 +64,7 @@ class _Watcher:
         self.sites: list[Site] = []
         self._within = "loss"  # the layer being called; outside of the model it is the loss that calls activations
         self._paths: dict[int, list[str]] = {}
-        for path, layer in model.named_layers():
+        for path, layer in model._places():
             self._paths.setdefault(id(layer), []).append(path)
 
     def call(self, layer: Layer, x: Tensor) -> Tensor:

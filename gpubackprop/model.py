@@ -139,8 +139,12 @@ class Layer:
     @property
     def inputs(self) -> int | None:
         """Columns of x the layer expects, if it cares; a layer of one's own may assign it."""
-        given: int | None = vars(self).get("_inputs")
-        return given or next((n for layer in self.children().values() if (n := layer.inputs) is not None), None)
+        for _, layer in self.named_layers():
+            plain = layer is self or type(layer).inputs is Layer.inputs
+            given: int | None = vars(layer).get("_inputs") if plain else layer.inputs
+            if given:
+                return given
+        return None
 
     @inputs.setter
     def inputs(self, columns: int) -> None:
@@ -183,10 +187,22 @@ class Layer:
         return {name: value for name, value in self._members() if isinstance(value, Layer)}
 
     def named_layers(self, path: str = "") -> Iterator[tuple[str, "Layer"]]:
-        """This layer and all below it, with dotted paths, in order."""
+        """This layer and all below it, with dotted paths, in order; one that is shared once, under its first path."""
+        return ((at, layer) for at, layer, first in self._met(path, {}) if first is None)
+
+    def _met(self, path: str, seen: dict[int, str]) -> Iterator[tuple[str, "Layer", str | None]]:
+        """Every layer below with its path, and once more for each further place that it has, with its first path."""
+        yield path, self, (first := seen.get(id(self)))
+        if first is None:
+            seen[id(self)] = path
+            for key, layer in self.children().items():
+                yield from layer._met(f"{path}.{key}" if path else key, seen)
+
+    def _places(self, path: str = "") -> Iterator[tuple[str, "Layer"]]:
+        """Every place of this layer and of all below it: as many as there are calls, where each child is called once."""
         yield path, self
         for key, layer in self.children().items():
-            yield from layer.named_layers(f"{path}.{key}" if path else key)
+            yield from layer._places(f"{path}.{key}" if path else key)
 
     def named_parameters(self) -> dict[str, Parameter]:
         """Every parameter by its dotted path, trainable or not; one that is shared stands under its first path."""
@@ -390,9 +406,11 @@ class Layer:
 
     def __repr__(self) -> str:
         rows = [("layer", "", "parameters", "shapes")]
-        for path, layer in self.named_layers():
+        for path, layer, first in self._met("", {}):
             own = [p for _, p in layer._members() if isinstance(p, Parameter)]
-            if own or (path and not layer.children()):
+            if first is not None:
+                rows.append((path, f"the same as {first}", "", ""))
+            elif own or (path and not layer.children()):
                 count = sum(math.prod(p.shape) for p in own if p.trainable)
                 rows.append((path, layer.describe(), f"{count:,}", " ".join("×".join(map(str, p.shape)) for p in own)))
         if not self.children():

@@ -53,7 +53,7 @@ class Predictor:
             rows = door(finite=False)
         else:
             rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
-        recorded = [*homes, *(part for _, layer in model.named_layers() for part in settings(layer))]
+        recorded = [*homes, *(part for _, layer, _ in model._met("", {}) for part in settings(layer))]
         if recorded != self._recorded:  # other arenas, other layers, or a layer with another setting
             self._recorded, self._forwards = recorded, {}
         return self._predict(model, rows, homes[0].backend if homes else model.backend, door if host else None)

@@ -194,11 +194,11 @@ def shrink(model: Layer, x: Any = None) -> Layer:
 
 def _shrink_once(model: Layer, constants: Mapping[Layer, Floats]) -> bool:
     """Whether any unit went."""
-    layers = Counter(layer for _, layer in model.named_layers())
-    uses = Counter(p for layer in layers for _, p in layer._members() if isinstance(p, Parameter))
+    shared = {below for _, layer, first in model._met("", {}) if first is not None for _, below in layer.named_layers()}
+    uses = Counter(p for _, layer in model.named_layers() for _, p in layer._members() if isinstance(p, Parameter))
 
     def alone(layer: Layer) -> bool:
-        return layers[layer] == 1 and all(uses[p] == 1 for p in layer.named_parameters().values())
+        return layer not in shared and all(uses[p] == 1 for p in layer.named_parameters().values())
 
     found = False
     for chain in _chains(model):

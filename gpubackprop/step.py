@@ -263,7 +263,7 @@ class Step:
     def _constrain(self) -> None:
         """What layers want of their weights after an update, and of the copies that are computed with."""
         with lowered(self.model, self.terms.precision.dtype):
-            for layer in dict.fromkeys(layer for _, layer in self.model.named_layers()):
+            for _, layer in self.model.named_layers():
                 with within(layer._path):
                     for p in layer.constrain():
                         if self.terms.precision.mixed:

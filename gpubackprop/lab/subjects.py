@@ -209,7 +209,7 @@ class NetworkAt:
 def _affine_layers(model: Layer) -> list[tuple[str, Dense, Row]]:
     """The Dense layers with their paths, each with its activation, or with that of the Activation behind it."""
     found: list[tuple[str, Dense, Row]] = []
-    for path, layer in model.named_layers():
+    for path, layer in model._places():
         if type(layer) is Dense:
             found.append((path, layer, fused.activation_row(layer.activation)))
         elif type(layer) is Activation and found and found[-1][2].name == "identity":
