@@ -1,28 +1,34 @@
 """Model files: safetensors with the architecture as JSON beside the arrays; reading one executes nothing it holds."""
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
-from gpubackprop.formulas import ACTIVATIONS, Activation, register_activation
-from gpubackprop.layers import Dense, Scaler
-from gpubackprop.model import CLASSES, Layer, check_model
+from gpubackprop.files import KINDS, Damaged, Safetensors, check_writable, write_file
+from gpubackprop.formulas import ACTIVATIONS, Activation, checked_activation, cut, walk
+from gpubackprop.layers import Concatenate, Dense, Scaler, Sequential
+from gpubackprop.model import CLASSES, Layer, as_dtype, check_model
 from gpubackprop.threads import exclusive
 
-__all__ = ["check_writable", "load_model", "read_metadata", "save_model", "write_file"]
+__all__ = ["check_writable", "encode_model", "load_model", "read_metadata", "save_model", "write_file"]
 
 FORMAT = 1
 ENTRY = "gpubackprop"  # one metadata entry: safetensors writes several in random order, so equal models would differ
 NAMES = ("feature_names", "target_names")  # of frames' columns, if the model knows any
 HEADS = (None, "softmax", "sigmoid", "identity", "exp")
+# What a file may ask for beside its own size, so that reading it, and predicting with what it holds, comes to an end.
+ROWS, TEXTS, NODES = 100, 100_000, 5000  # registered activations; characters of their texts; nodes of their graphs
+DEPTH = 100  # of layers and lists within each other
+CALLS = 10_000  # of layers in a prediction: one that is shared, in one that is shared, is called 2ⁿ times
+VALUES = 10_000_000  # of all outputs for a row: a Concatenate of a layer with itself doubles them
 BUILTIN = frozenset(ACTIVATIONS)  # this module is imported before a user can register a row
 
 PathLike = str | os.PathLike[str]
@@ -44,13 +50,18 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     """
     _check_path(path, "save_model")
     check_model(model, "save_model")
+    check_writable(path)
+    write_file(path, encode_model(model, extra))
+
+
+def encode_model(model: Layer, extra: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes that `save_model` writes."""
     import json
 
     from safetensors.numpy import save
 
     from gpubackprop import __version__
 
-    check_writable(path)
     state = model.state_dict()
     header = {
         "format": FORMAT,
@@ -68,15 +79,18 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
         raise TypeError(f"save_model: extra cannot be written as JSON ({error}); use numbers, text and lists") from None
-    made = _shapes(_masked(_build(json.loads(text)["architecture"], []), state))
+    try:
+        made = _shapes(_masked(_bounded(_build(json.loads(text)["architecture"], [])), state))
+    except ValueError as error:
+        raise ValueError(f"save_model: {error}; no file could hold the model") from None
     if difference := _difference({k: a.shape for k, a in state.items()}, made):
         remedy = "a file holds what constructors are given, so add layers and parameters there"
         raise ValueError(f"save_model: the model has {difference} when made anew; {remedy}")
     if name := _not_finite(model, state):
         what = "a NaN" if np.isnan(state[name]).any() else "an infinity"
         warnings.warn(f"save_model: {name!r} holds {what}, so predictions are of no use; save a model from before it "
-                      f"diverged", RuntimeWarning, stacklevel=2)  # fmt: skip
-    write_file(path, save(state, {ENTRY: text}))
+                      f"diverged", RuntimeWarning, stacklevel=3)  # fmt: skip
+    return bytes(save(state, {ENTRY: text}))
 
 
 def load_model(path: PathLike, device: str = "auto") -> Layer:
@@ -89,16 +103,17 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
     backend = get_backend(device)
     where = f"load_model: {os.fspath(path)}"
     with _opened(path, where) as (header, file):
-        model = _masked(_model(header, where), file.keys())
-        stored = {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}  # noqa: SIM118 (no mapping)
+        stored = {k: one.shape for k, one in file.arrays.items()}
+        model = _masked(_model(header, where), stored)
         if difference := _difference(stored, _shapes(model)):
             raise ValueError(f"{where}: it has {difference} in the model it describes; a layer's class has changed")
-        for key, p in model.named_parameters().items():
-            p.value, p.settled = file.get_tensor(key), True
+        arrays = file.read(header["dtype"])
+    for key, p in model.named_parameters().items():
+        p.value, p.settled = arrays[key], True
     for _, layer in model.named_layers():
         if isinstance(layer, Dense | Scaler):  # whose masks and statistics were given, not drawn
             for p in (p for _, p in layer._members() if isinstance(p, Parameter) and not p.trainable):
-                p.init = p.value
+                p.init = p.value = None if p.value is None else p.value.copy()  # not the whole file
         if isinstance(layer, Dense) and layer.mask is not None:
             layer._argue(mask=layer.mask.value)  # in place of what stood for it
     return model.to(backend.device)
@@ -135,28 +150,25 @@ def _not_finite(model: Layer, state: Mapping[str, Any]) -> str | None:
 
 
 @contextmanager
-def _opened(path: PathLike, where: str) -> Iterator[tuple[dict[str, Any], Any]]:
+def _opened(path: PathLike, where: str) -> Iterator[tuple[dict[str, Any], Safetensors]]:
     """The header and the open file; every fault of the file is an error that starts with `where`."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with open(path, "rb"):
-            pass  # for Python's kinds of error; safetensors has its own
+        with open(path, "rb") as raw:
+            file = Safetensors(raw)
+            yield _header(file.metadata, where), file
+    except Damaged as error:
+        raise ValueError(f"{where}: is cut short, damaged or not safetensors ({error}); save it again") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{where}: no such file") from None
     except OSError as error:
         raise type(error)(f"{where}: cannot be read ({error.strerror})") from None
-    try:
-        with safe_open(path, framework="np") as file:
-            yield _header((file.metadata() or {}).get(ENTRY), where), file
-    except SafetensorError as error:
-        raise ValueError(f"{where}: is cut short, damaged or not safetensors ({error}); save it again") from None
 
 
-def _header(text: str | None, where: str) -> dict[str, Any]:
+def _header(metadata: Any, where: str) -> dict[str, Any]:
     import json
 
-    if text is None:
+    text = metadata.get(ENTRY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
         remedy = "load its arrays with safetensors.numpy.load_file and model.load_state_dict"
         raise ValueError(f"{where}: is safetensors but not a file of gb.save_model; {remedy}")
     try:
@@ -165,7 +177,9 @@ def _header(text: str | None, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: its header is damaged ({error}); save it again") from None
     match header:
         case {"format": int(number)} if number > FORMAT:
-            raise ValueError(f"{where}: has format {number}, this version reads up to {FORMAT}; upgrade gpubackprop")
+            raise ValueError(
+                f"{where}: has format {cut(str(number), 20)}, this version reads up to {FORMAT}; upgrade gpubackprop"
+            )
         case {"format": int(), "architecture": _, "dtype": str(), "head": None | str(), "activations": list(),
               "extra": dict()}:  # fmt: skip
             return dict(header)
@@ -173,29 +187,94 @@ def _header(text: str | None, where: str) -> dict[str, Any]:
 
 
 def _model(header: dict[str, Any], where: str) -> Layer:
-    """The model that the header describes, without values."""
+    """The model that the header describes, without values; if there is none, its activations are forgotten too."""
+    dtype, head = header["dtype"], header["head"]
+    added: list[str] = []
     try:
-        for row in header["activations"]:
-            register_activation(row["name"], row["forward"], row["derivative"], **row["constants"])
-        model = _build(header["architecture"], [])
-        dtype, head = np.dtype(header["dtype"]).name, header["head"]
-    except RecursionError:
-        raise ValueError(f"{where}: its header is nested too deeply; save it again") from None
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    if not isinstance(model, Layer) or head not in HEADS:
-        raise ValueError(f"{where}: its header is damaged (no layer, or the unknown head {head!r}); save it again")
-    if np.dtype(model.dtype) != dtype:
-        model.dtype = dtype
+        if dtype not in KINDS:
+            raise ValueError(f"it has the dtype {cut(repr(dtype))}, expected {' or '.join(KINDS)}; save it again")
+        _register(header["activations"], added)
+        model = _bounded(_build(header["architecture"], []))
+        if np.dtype(as_dtype(model.dtype, type(model).__name__)) != dtype:
+            model.dtype = dtype
+        if head not in HEADS:
+            raise ValueError(f"its header is damaged (the unknown head {cut(repr(head))}); save it again")
+        for key in NAMES:
+            names = header.get(key)
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ValueError(f"its header is damaged ({key} is no list of names); save it again")
+            if names:
+                setattr(model, key, tuple(names))
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        for name in added:
+            ACTIVATIONS.pop(name, None)
+        raise ValueError(f"{where}: {cut(str(error), 1000)}") from error
     if head is not None:
         model.output_kind = head
-    for key in NAMES:
-        names = header.get(key)
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"{where}: its header is damaged ({key} is no list of names); save it again")
-        if names:
-            setattr(model, key, tuple(names))
     return model
+
+
+def _register(rows: list[Any], added: list[str]) -> None:
+    """Register the rows of a file, which are not too many and not too long; `added` are the names that are new."""
+    if len(rows) > ROWS:
+        raise ValueError(f"it has {len(rows):,} activations of its own, expected at most {ROWS}")
+    texts = nodes = 0
+    for given in rows:
+        match given:
+            case {
+                "name": str(name),
+                "forward": str(forward),
+                "derivative": str(derivative),
+                "constants": dict(more),
+            } if all(key.isidentifier() for key in more) and not {"name", "forward", "derivative"} & {*more}:
+                texts += len(name) + len(forward) + len(derivative) + sum(map(len, more))
+            case _:
+                raise ValueError("its header is damaged (an activation is not one); save it again")
+        if texts > TEXTS:
+            raise ValueError(f"its activations have more than {TEXTS:,} characters")
+        row = checked_activation(name, forward, derivative, **more)
+        nodes += len(walk([row.forward_graph(), row.backward_graph()]))
+        if nodes > NODES:
+            raise ValueError(f"its activations have more than {NODES:,} operations")
+        if name not in ACTIVATIONS:
+            added.append(name)
+        ACTIVATIONS[name] = row
+
+
+def _bounded(model: Any) -> Layer:
+    """The model, if it is one and a prediction of it is bounded."""
+    if not isinstance(model, Layer):
+        raise ValueError("its header is damaged (it describes no layer); save it again")
+    if (calls := _calls(model, {})) > CALLS:
+        got = f"would be called {cut(f'{calls:,}', 20)} times in a prediction"
+        raise ValueError(f"its layers, as they are shared, {got}, expected at most {CALLS:,}")
+    values = [0]
+    _columns(model, model.inputs or 1, values)
+    if values[0] > VALUES + sum(math.prod(shape) for shape in _shapes(model).values()):
+        raise ValueError(
+            f"its layers would give {cut(f'{values[0]:,}', 20)} values for a row, expected at most {VALUES:,}"
+        )
+    return model
+
+
+def _calls(layer: Layer, known: dict[int, int]) -> int:
+    """How many layers a prediction calls, if each calls its children once."""
+    if id(layer) not in known:
+        known[id(layer)] = 1 + sum(_calls(child, known) for child in layer.children().values())
+    return known[id(layer)]
+
+
+def _columns(layer: Layer, columns: int, values: list[int]) -> int:
+    """The columns of the layer's output, which is added to the values."""
+    if isinstance(layer, Dense):
+        columns = layer.weight.shape[1]
+    elif isinstance(layer, Concatenate):
+        columns = sum(_columns(branch, columns, values) for branch in layer.layers)
+    elif isinstance(layer, Sequential):
+        for inner in layer.layers:
+            columns = _columns(inner, columns, values)
+    values[0] += columns
+    return columns
 
 
 def _masked(model: Layer, keys: Collection[str]) -> Layer:
@@ -221,7 +300,7 @@ def _difference(stored: Shapes, expected: Shapes) -> str | None:
     for key in {**expected, **stored}:
         if stored.get(key) != expected.get(key):
             a, b = (f"of shape {shapes[key]}" if key in shapes else "absent" for shapes in (stored, expected))
-            return f"{key!r} {a}, but {b}"
+            return f"{cut(repr(key))} {cut(a)}, but {cut(b)}"
     return None
 
 
@@ -281,21 +360,29 @@ def _encode_layer(layer: Layer, seen: list[Layer]) -> Any:
     return description
 
 
-def _build(data: Any, made: list[Layer]) -> Any:
+def _build(data: Any, made: list[Layer], depth: int = DEPTH) -> Any:
     """What `_encode` encoded; only classes of CLASSES are made, by their constructors."""
+    if depth == 0:
+        raise ValueError(f"its header is nested too deeply, expected at most {DEPTH} layers or lists in each other")
+
+    def inner(value: Any) -> Any:
+        return _build(value, made, depth - 1)
+
     match data:
+        case int() if abs(data) >= 2**63:
+            raise ValueError(f"its architecture has the number {cut(str(data), 30)}, expected one of 64 bits")
         case None | bool() | int() | float() | str():
             return data
         case list():
-            return [_build(v, made) for v in data]
+            return [inner(v) for v in data]
         case {"tuple": list(items)}:
-            return tuple(_build(v, made) for v in items)
+            return tuple(inner(v) for v in items)
         case {"dict": list(pairs)}:
-            return {_build(k, made): _build(v, made) for k, v in pairs}
+            return {inner(k): inner(v) for k, v in pairs}
         case {"same": int(i)} if 0 <= i < len(made):
             return made[i]
         case {"layer": str(name), "arguments": list(arguments), "keywords": dict(keywords)}:
-            given = [_build(v, made) for v in arguments], {k: _build(v, made) for k, v in keywords.items()}
+            given = [inner(v) for v in arguments], {k: inner(v) for k, v in keywords.items()}
             made.append(_make(name, *given))
             return made[-1]
     raise ValueError("its architecture is damaged; save it again")
@@ -305,14 +392,15 @@ def _make(name: str, arguments: list[Any], keywords: dict[str, Any]) -> Layer:
     if name not in CLASSES:
         module, _, _ = name.rpartition(":")
         known = ", ".join(k for k in CLASSES if ":" not in k)
-        remedy = f"import {module!r}, which defines it, first" if module else "a newer gpubackprop may have it"
+        remedy = f"import {cut(repr(module))}, which defines it, first" if module else "a newer gpubackprop may have it"
         if module == "__main__":
             remedy = "it was defined in the script that saved it; put the class into a module of its own"
-        raise ValueError(f"unknown layer class {name!r}; {remedy} (built in are {known})")
+        raise ValueError(f"unknown layer class {cut(repr(name))}; {remedy} (built in are {known})")
     try:
         return CLASSES[name](*arguments, **keywords)
     except Exception as error:  # a user's constructor raises what it likes
-        raise ValueError(f"the layer {name} cannot be made ({type(error).__name__}: {error})") from error
+        reason = f"{type(error).__name__}: {cut(str(error), 500)}"
+        raise ValueError(f"the layer {name} cannot be made ({reason})") from error
 
 
 def _registered_rows(model: Layer) -> list[Activation]:
@@ -324,47 +412,3 @@ def _registered_rows(model: Layer) -> list[Activation]:
             if isinstance(value, str | Activation):
                 found.add(value if isinstance(value, str) else value.name)
     return [ACTIVATIONS[name] for name in sorted((found & ACTIVATIONS.keys()) - BUILTIN)]
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
-def check_writable(path: PathLike) -> Path:
-    """The real path of a file that `write_file` can make or replace; an OSError that says what is in the way if not."""
-    real = Path(os.path.realpath(path))
-    if os.path.islink(path) and f"{os.path.realpath(os.path.dirname(path))}/".startswith(("/dev/", "/proc/")):
-        remedy = "renaming a new file over it would lose what else goes there; name a file of its own"
-        raise FileExistsError(f"{path}: stands for the open file {real}; {remedy}")
-    if real.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder, expected the name of a file; add one")
-    if real.exists() and not real.is_file():
-        raise FileExistsError(f"{path}: is not a regular file; choose another name")
-    if not real.parent.is_dir():
-        raise FileNotFoundError(f"{path}: there is no folder {real.parent}; make it first")
-    trial = _temporary(real)
-    try:
-        trial.touch(exist_ok=False)
-        trial.unlink()
-    except OSError as error:
-        raise type(error)(f"{path}: cannot write in the folder {real.parent} ({error.strerror})") from None
-    return real
-
-
-def write_file(path: PathLike, data: bytes) -> None:
-    """Write the file in one step: a temporary one beside it, flushed to disk, then renamed; errors leave nothing."""
-    real = check_writable(path)
-    temporary = _temporary(real)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, real)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-
-
-def _temporary(real: Path) -> Path:
-    return real.with_name(f".{real.name[:100]}.{os.urandom(4).hex()}.tmp")

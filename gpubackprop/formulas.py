@@ -682,8 +682,15 @@ def register_activation(name: str, forward: str, derivative: str, **constants: f
     """Add the row y = forward(x), derivative of y (or x), after checking it against central differences.
 
     The row then serves as `activation=name` everywhere, on every backend, and travels inside saved models.
-    ValueError if the name is taken by another row, the text is outside the language, or the derivative is wrong.
+    ValueError if the name is taken by another row, a text is outside the language or of more than 4,096 characters, or
+    the derivative is wrong.
     """
+    ACTIVATIONS[name] = new = checked_activation(name, forward, derivative, **constants)
+    return new
+
+
+def checked_activation(name: str, forward: str, derivative: str, **constants: float) -> Activation:
+    """The row that `register_activation` adds."""
     for text in (name, forward, derivative):
         if not isinstance(text, str):
             raise TypeError(f"register_activation: texts expected, got {type(text).__name__} {cut(repr(text))}")
@@ -708,7 +715,6 @@ def register_activation(name: str, forward: str, derivative: str, **constants: f
             raise ValueError(f"register_activation: {text} of {name!r} names {cut(', '.join(unknown))}; "
                              f"give each a value as a keyword, name=…")  # fmt: skip
     _check_derivative(name, y, d)
-    ACTIVATIONS[name] = new
     return new
 
 

@@ -16,6 +16,7 @@ from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device, setting
 from gpubackprop.data import as_features, as_seed, by_name
+from gpubackprop.formulas import cut
 from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
@@ -199,7 +200,7 @@ class Layer:
                 yield from layer._met(f"{path}.{key}" if path else key, seen)
 
     def _places(self, path: str = "") -> Iterator[tuple[str, "Layer"]]:
-        """Every place of this layer and of all below it: as many as there are calls, where each child is called once."""
+        """Every place of this layer and of all below it, in order: one for each call of a child."""
         yield path, self
         for key, layer in self.children().items():
             yield from layer._places(f"{path}.{key}" if path else key)
@@ -439,11 +440,11 @@ def _short(argument: Any) -> str:
 def as_dtype(dtype: npt.DTypeLike, where: str) -> npt.DTypeLike:
     """The dtype, if models may have it."""
     try:
-        known = np.dtype(dtype) in FLOATS
-    except TypeError:
+        known = not (isinstance(dtype, str) and len(dtype) > 16) and np.dtype(dtype) in FLOATS  # "f4,f4,…" takes long
+    except (TypeError, ValueError, SyntaxError):
         known = False
     if not known:
-        raise TypeError(f"{where}: dtype {dtype} is not supported; choose from float32, float64")
+        raise TypeError(f"{where}: dtype {cut(str(dtype))} is not supported; choose from float32, float64")
     return dtype
 
 
