@@ -2,8 +2,8 @@
 
 Exit status: 0; 2 for bad input (options, data, model files, paths); 1 when something else fails (training diverges, a
 device does not work, the disk is full, stdout is closed, a check of `doctor`); 3 from a `doctor` that found neither a
-fault nor a GPU; 130 after Ctrl-C. Files are written before anything is printed of them, so that a stdout that takes no
-more costs no work; `doctor` alone prints as it goes.
+fault nor a GPU; 130 after Ctrl-C, 143 after SIGTERM. Files are written before anything is printed of them, so that a
+stdout that takes no more costs no work, and a file that cannot be written no figure; `doctor` alone prints as it goes.
 """
 
 import io
@@ -11,18 +11,21 @@ import json
 import math
 import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
 from gpubackprop import __version__, cli_plot, console, roofline, runs
 from gpubackprop.backends import why_not_cuda
-from gpubackprop.checkpoint import load_model, read_metadata, save_model, write_file
+from gpubackprop.checkpoint import encode_model, load_model, write_file
 from gpubackprop.layers import Layer, mlp
 from gpubackprop.optimizers import OPTIMIZERS
+from gpubackprop.progress import Interrupts, Terminated, terminable
 from gpubackprop.runs import Recipe, Run
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
@@ -30,7 +33,7 @@ __all__ = ["main"]
 
 BAD_INPUT = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
              PermissionError)  # fmt: skip
-INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+INTERRUPTED, TERMINATED = 130, 143  # as a shell reports a process that SIGINT or SIGTERM ended
 
 
 # ---- the group and its errors --------------------------------------------------------------------------------------
@@ -57,7 +60,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), terminable():
                 warnings.showwarning = _warn  # type: ignore[assignment]
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.Abort, BrokenPipeError):
@@ -70,6 +73,8 @@ class Commands(click.Group):
             console.fail(str(error) or type(error).__name__, 1)
         except KeyboardInterrupt:
             console.fail("interrupted; no file is left half written", INTERRUPTED)
+        except Terminated:
+            console.fail("terminated; no file is left half written", TERMINATED)
 
 
 def _warn(message: Warning | str, *about: Any) -> None:
@@ -140,14 +145,20 @@ def train(
     try:
         run.fit(False if quiet else None)
     except KeyboardInterrupt:
-        console.fail(_keep(run, out), INTERRUPTED)
-    if out:
-        save_model(run.model, out, extra=run.extra)
+        console.fail(_keep(run, out, force), INTERRUPTED)
+    except Terminated:
+        console.fail(_keep(run, out, force, "terminated"), TERMINATED)
+    failed: list[OSError] = []
+    with _noted(failed), Interrupts():  # what comes now waits until the model is saved
+        _save(run, out, force)
     measured = run.figures()
-    _write_json(json_path, {**run.report(), **measured, "out": out})
+    with _noted(failed):
+        _write_json(json_path, {**run.report(), **measured, "out": out}, force)
     for part, values in measured.items():
         say(part.replace("_", " "), _figures(values))
     say("time", f"{run.seconds:.1f} s")
+    if failed:
+        raise failed[0]
     if out:
         say("saved", out)
 
@@ -170,7 +181,7 @@ def evaluate(model: str, data: str, every: bool, device: str, json_path: str | N
       gpubackprop evaluate digits.safetensors digits
     """
     console.check_outputs(None, force, json_path, data, model)
-    network, extra = load_model(model, device), read_metadata(model)["extra"]
+    network, extra = runs.load(model, device)
     table = runs.read_for(network, data, extra)
     if table.y is None:
         raise ValueError(f"{data}: has no target to compare with; add the column or array, or use predict")
@@ -178,7 +189,8 @@ def evaluate(model: str, data: str, every: bool, device: str, json_path: str | N
     x, y = (table.x, table.y) if part is None else part
     values = runs.figures(network, x, y, device)
     label = "all rows" if part is None else "held out"
-    _write_json(json_path, {"model": model, "data": data, "rows": len(x), "part": label.replace(" ", "_"), **values})
+    _write_json(json_path, {"model": model, "data": data, "rows": len(x), "part": label.replace(" ", "_"), **values},
+                force)  # fmt: skip
     console.say(label, _figures(values), err=json_path == "-")
 
 
@@ -201,9 +213,9 @@ def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
     """
     kind = runs.kind_of(out)
     console.check_outputs(out, force, None, data, model)
-    network, extra = load_model(model, device), read_metadata(model)["extra"]
+    network, extra = runs.load(model, device)
     table = runs.read_for(network, data, extra, labelled=False)
-    write_file(out, runs.predict(network, table.x, extra.get("classes")).encode(kind))
+    write_file(out, runs.predict(network, table.x, extra.get("classes")).encode(kind), replace=force)
     console.say("saved", f"{out}: {len(table.x):,} predictions")
 
 
@@ -258,7 +270,7 @@ def explain(
     if reason:
         plan.title = f"planned without a GPU ({reason}): {plan.title}"
     if out:
-        cli_plot.save_plan(plan, gpu, trainer.precision.name, out)
+        cli_plot.save_plan(plan, gpu, trainer.precision.name, out, force)
     console.show(str(plan))
     if plan.backend.device.startswith("cuda"):
         console.show(f"launches eager: {roofline.launches(plan)}; with a CUDA graph: 1")
@@ -341,7 +353,7 @@ def examine(device: str, quick: bool, json_path: str | None, force: bool) -> Non
             console.show(result.group, err)
         results.append(result)
         console.show(f"  {result.verdict:<8} {result.name:<34} {result.detail}".rstrip(), err)
-    _write_json(json_path, doctor.report(results))
+    _write_json(json_path, doctor.report(results), force)
     console.say("verdict", doctor.verdict(results), err)
     raise click.exceptions.Exit(doctor.status(results))
 
@@ -353,25 +365,64 @@ def _figures(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:{'.4f' if name == 'accuracy' else '.6g'}}" for name, value in values.items())
 
 
-def _keep(run: Run, out: str | None) -> str:
-    """Save what an interrupted run has learnt; the line that says so."""
+@contextmanager
+def _noted(failed: list[OSError]) -> Iterator[None]:
+    """Keep the error of a file that cannot be written until all else is done."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        failed.append(error)
+
+
+def _save(run: Run, out: str | None, force: bool) -> None:
+    """Write the model; if it cannot be where it should, an OSError that says where it is."""
+    if out is None:
+        return
+    data = encode_model(run.model, run.extra)
+    try:
+        write_file(out, data, replace=force)
+    except OSError as error:
+        raise type(error)(f"{error}; {_rescued(data, Path(out).name)}") from None
+
+
+def _rescued(data: bytes, name: str) -> str:
+    """Write the model into a new folder for temporary files; where it is, in words."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="gpubackprop-"))
+        try:
+            write_file(folder / name, data)
+        except OSError:
+            folder.rmdir()
+            raise
+    except OSError:
+        return "the model is not saved: train it again with --out where there is room"
+    return f"the model was saved to {folder / name}"
+
+
+def _keep(run: Run, out: str | None, force: bool, how: str = "interrupted") -> str:
+    """Save what a run that was cut short has learnt; the line that says so."""
     done = run.trainer.epoch
     if not done:
-        return "interrupted in the first epoch; nothing was saved"
-    progress = f"interrupted after {done} of {run.recipe.epochs} epochs"
+        return f"{how} in the first epoch; nothing was saved"
+    progress = f"{how} after {done} of {run.recipe.epochs} epochs"
     if out is None:
         return f"{progress}; nothing was saved (there is no --out)"
-    save_model(run.model, out, extra=run.extra)
+    try:
+        _save(run, out, force)
+    except OSError as error:
+        return f"{progress}; {error}"
     return f"{progress}; the model as it stands was saved to {out}"
 
 
-def _write_json(path: str | None, report: Mapping[str, Any]) -> None:
+def _write_json(path: str | None, report: Mapping[str, Any], force: bool) -> None:
     """The figures as JSON, to a file or, for "-", to stdout."""
     text = json.dumps(_strict(report), indent=1, allow_nan=False)
     if path == "-":
         console.show(text)
     elif path:
-        write_file(path, (text + "\n").encode())
+        write_file(path, (text + "\n").encode(), replace=force)
 
 
 def _strict(value: Any) -> Any:

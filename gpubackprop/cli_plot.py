@@ -7,7 +7,6 @@ import click
 import numpy as np
 
 from gpubackprop import runs
-from gpubackprop.checkpoint import load_model, read_metadata
 from gpubackprop.console import check_outputs, force, options, say, show, sizes, table_options
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.plan import Plan
@@ -53,20 +52,20 @@ def drawing(out: str, replace: bool, *inputs: str) -> ModuleType:
     return plot
 
 
-def _save(axes: Any, out: str) -> None:
+def _save(axes: Any, out: str, replace: bool) -> None:
     """Write the picture, and say so."""
     from gpubackprop.plot.figures import pyplot, save
 
-    save(axes, out)
+    save(axes, out, replace=replace)
     pyplot().close(axes.get_figure())
     say("saved", out)
 
 
-def save_plan(plan: Plan, gpu: str | None, precision: str, out: str) -> None:
+def save_plan(plan: Plan, gpu: str | None, precision: str, out: str, replace: bool) -> None:
     """Write the picture of a plan, with its roofline if there is a GPU to model."""
     from gpubackprop.plot import plans
 
-    _save(plans.plan(plan) if gpu is None else plans.with_roofline(plan, gpu, precision), out)
+    _save(plans.plan(plan) if gpu is None else plans.with_roofline(plan, gpu, precision), out, replace)
 
 
 # ---- functions -----------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def surface(optimizer: str, lr: float | None, steps: int, start: str, out: str, 
     path = descend(line_loss, begin, OPTIMIZERS[optimizer](lr=rate), steps)
     m, b = path[-1]
     say("end", f"m {m:.6g}, b {b:.6g}, loss {line_loss(m, b):.6g} after {len(path) - 1} steps")
-    _save(plot.surface(values_of(line_loss, *LINE, step=0.01), path=path), out)
+    _save(plot.surface(values_of(line_loss, *LINE, step=0.01), path=path), out, force)
 
 
 def _start(text: str) -> list[float]:
@@ -152,7 +151,7 @@ def race(ground: str, steps: int | None, lr: float | None, out: str, force: bool
     plot.race(landscape.surface(function, *grid, points=201), paths, left_axes)
     left_axes.get_legend().remove()  # the other one has the same lines
     right_axes.set_title(f"learning rate {lr:g}" + f", {adaptive:g} of Adagrad, RMSprop and Adam" * (lr != adaptive))
-    _save(plot.progress(function, paths, right_axes), out)
+    _save(plot.progress(function, paths, right_axes), out, force)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -189,7 +188,7 @@ def curves(
     history = run.trainer.history
     say("train", f"{figure} {history[figure][-1]:.6g}")
     say("held out", f"{figure} {history[f'val_{figure}'][-1]:.6g}")
-    _save(plot.curves(history, figure), out)
+    _save(plot.curves(history, figure), out, force)
 
 
 @pictures.command()
@@ -215,7 +214,7 @@ def gradients(model: str, data: str, device: str, out: str, force: bool) -> None
     trainer = Trainer(network, runs.trained_loss(network), device=device, seed=0)
     report = gradient_report(trainer, table.x[rows], np.asarray(table.y)[rows])
     show(report.advice)
-    _save(plot.gradient_flow(report), out)
+    _save(plot.gradient_flow(report), out, force)
 
 
 @pictures.command()
@@ -243,12 +242,12 @@ def regions(model: str, data: str, columns: str | None, device: str, out: str, f
     axes = plot.decision_regions(
         network, table.x, table.y, columns=chosen, classes=extra.get("classes"), names=table.columns
     )
-    _save(axes, out)
+    _save(axes, out, force)
 
 
 def _read(model: str, data: str, device: str) -> tuple[Any, dict[str, Any], Table]:
     """The model, what its file says of the run, and the table with its target."""
-    network, extra = load_model(model, device), read_metadata(model)["extra"]
+    network, extra = runs.load(model, device)
     table = runs.read_for(network, data, extra)
     if table.y is None:
         raise ValueError(f"{data}: has no target; add the column or array")

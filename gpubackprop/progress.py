@@ -1,51 +1,81 @@
-"""What surrounds the loop: the progress bar, and Ctrl-C held back until the step in flight is done."""
+"""What surrounds the loop: the progress bar, and Ctrl-C and SIGTERM held back until the step in flight is done."""
 
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Bar", "Interrupts"]
+__all__ = ["Bar", "Interrupts", "Terminated", "terminable"]
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: the process is to end, with the status that a shell gives to one that the signal ended."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """A handler of SIGTERM: raise Terminated."""
+    raise Terminated(128 + number)  # 143
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated, unless someone else handles it; off the main thread, nothing changes."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Interrupts:
-    """Inside the block SIGINT is noted, not raised; `deliver()` and the block's end hand it to the handler before ours.
+    """Inside the block SIGINT and SIGTERM are noted, not raised; `deliver()` and the block's end hand them on.
 
-    A second Ctrl-C goes through at once. Off the main thread, where Python delivers no signals, it does nothing.
+    SIGINT goes to the handler before ours, SIGTERM becomes Terminated; one that someone else handles is left to that
+    handler. A second signal goes through at once. Off the main thread, where Python delivers none, it does nothing.
     """
 
-    pending = False
+    pending = 0  # the number of the signal that is held back
 
     def __enter__(self) -> "Interrupts":
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            before = signal.getsignal(signal.SIGINT)
-            if callable(before):
-                self._before = before
-                signal.signal(signal.SIGINT, self._note)
+            if callable(before := signal.getsignal(signal.SIGINT)):
+                self._before[signal.SIGINT] = before
+            if (before := signal.getsignal(signal.SIGTERM)) in (signal.SIG_DFL, terminate):
+                self._before[signal.SIGTERM] = before
+            for number in self._before:
+                signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.pending:
-            self._before(number, frame)
-        self.pending = True
+            self._hand_on(number, frame)
+        self.pending = number
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        (terminate if number == signal.SIGTERM else self._before[number])(number, frame)
 
     def deliver(self) -> None:
-        """Call the handler that a pending interrupt was held back from."""
-        if self.pending:
-            self.pending = False
-            self._before(signal.SIGINT, None)
+        """Call the handler that a pending signal was held back from."""
+        if number := self.pending:
+            self.pending = 0
+            self._hand_on(number, None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            if kind is None:
-                self.deliver()
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        if self._before and kind is None:
+            self.deliver()
 
 
 class Bar:

@@ -1,7 +1,9 @@
 """Runs: what the command line does, without printing: data by name or file, training by a recipe, predictions."""
 
+import copy
 import csv
 import io
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,19 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpubackprop import __version__, datasets
+from gpubackprop.checkpoint import load_model, read_metadata
+from gpubackprop.formulas import cut
 from gpubackprop.holdout import split
-from gpubackprop.layers import Layer, Scaler, Sequential, mlp
+from gpubackprop.layers import Dense, Layer, Scaler, Sequential, mlp
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.precision import precision
 from gpubackprop.tables import Table, Task, read_table
 from gpubackprop.trainer import Trainer
 
-__all__ = ["RATES", "Prediction", "Recipe", "Run", "doubtful_classes", "figures", "held_out", "kind_of", "predict",
-           "read", "read_for", "trained_loss"]  # fmt: skip
+__all__ = ["RATES", "Prediction", "Recipe", "Run", "doubtful_classes", "figures", "held_out", "kind_of", "load",
+           "predict", "read", "read_for", "trained_loss"]  # fmt: skip
 
 Array = NDArray[Any]
 
 LOSSES = {"softmax": "cross_entropy", "sigmoid": "bce", "identity": "mse", "exp": "poisson"}  # by the model's head
+FEW = 20  # classes that any table may have
 RATES = {"adam": (3e-3, 3e-3), "adamw": (3e-3, 3e-3), "sgd": (0.1, 5e-3)}  # for classes, for numbers
 
 
@@ -105,6 +110,66 @@ def read_for(model: Layer, data: str, extra: Mapping[str, Any], labelled: bool =
     return read_table(data, extra.get("target"), task, classes, extra.get("columns"))
 
 
+def load(path: str, device: str = "auto") -> tuple[Layer, dict[str, Any]]:
+    """A saved model, and what its file says of the run; ValueError if that is of a wrong kind, or of another model."""
+    model, extra = load_model(path, device), read_metadata(path)["extra"]
+    for key in ("columns", "classes"):
+        names = extra.get(key)
+        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise ValueError(f"{path}: its {key} are no list of names; save the model again")
+        if names is not None and len(set(names)) < len(names):
+            raise ValueError(f"{path}: its {key} have a name twice; save the model again")
+    for key, known, expected in (
+        ("data", _is_text, "text"), ("target", _is_text, "text"), ("task", _is_task, "classification or regression"),
+        ("test", _is_part, "a fraction or a number of rows"), ("seed", _is_seed, "an integer of at least 0"),
+    ):  # fmt: skip
+        if extra.get(key) is not None and not known(extra[key]):
+            raise ValueError(
+                f"{path}: its {key} is {cut(repr(extra[key]), 50)}, expected {expected}; save the model again"
+            )
+    _check_shape(path, model, extra)
+    return model, extra
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_task(value: Any) -> bool:
+    return value in ("classification", "regression")
+
+
+def _is_part(value: Any) -> bool:
+    return not isinstance(value, bool) and (
+        (isinstance(value, int) and value > 0) or (isinstance(value, float) and 0 < value < 1)
+    )
+
+
+def _is_seed(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int) and value >= 0
+
+
+def _check_shape(path: str, model: Layer, extra: Mapping[str, Any]) -> None:
+    """Raise unless the model takes so many columns and, if it is of classes, knows so many."""
+    columns, classes, inputs = extra.get("columns"), extra.get("classes"), model.inputs
+    if not inputs:
+        return
+    if columns is not None and len(columns) != inputs:
+        raise ValueError(f"{path}: it names {len(columns):,} columns but the model takes {inputs:,}; save it again")
+    try:
+        outputs = model.predict(np.zeros((1, inputs))).shape[1]
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: the model cannot be used ({cut(str(error), 500)}); save it again") from None
+    if classes is None:
+        return
+    if model.output_kind in ("identity", "exp"):
+        raise ValueError(f"{path}: it names classes but the model gives numbers; save it again")
+    if len(classes) != max(outputs, 2):
+        raise ValueError(
+            f"{path}: it names {len(classes):,} classes but the model has {outputs:,} outputs; save it again"
+        )
+
+
 def doubtful_classes(table: Table) -> int:
     """The number of classes, if they are integers so many that they may be amounts; else 0."""
     names = table.classes or []
@@ -135,6 +200,8 @@ class Run:
             names = f", one of {', '.join(table.columns)}" if table.columns else ""
             remedy = f"name its column with --target{names}" if names else "add an array y"
             raise ValueError(f"{data}: has no target to learn; {remedy}")
+        _check_classes(data, table)
+        _check_range(data, table, recipe)
         self.data, self.table, self.recipe, self.task = data, table, recipe, table.task
         self.x, self.x_test, self.y, self.y_test = split(table.x, table.y, test=recipe.test, seed=recipe.seed)
         outputs = len(table.classes) if table.classes else table.y.shape[1]
@@ -150,12 +217,27 @@ class Run:
             self.model, self.loss, optimizer, device=recipe.device, seed=recipe.seed, precision=recipe.precision,
             clip_norm=recipe.clip_norm, cuda_graph=recipe.cuda_graph,
         )  # fmt: skip
+        self._check_loss()
         self.seconds = 0.0
 
     def _scaler(self, rows: Array, inverse: bool = False) -> Scaler:
         scaler = Scaler(rows.shape[1], inverse=inverse)
         scaler.dtype = self.recipe.weights
         return scaler.fit(rows)
+
+    def _check_loss(self) -> None:
+        """Raise if the loss of numbers, in their own units, is beyond the type that it is computed in."""
+        if self._back is None:
+            return
+        outputs, spread = self.sizes[-1], float(np.ptp(self.y, axis=0).max())
+        mean = Sequential(Dense(1, outputs, init="zeros"), copy.deepcopy(self._back), dtype=self.recipe.weights)
+        mean.output_kind = "identity"  # it says the mean
+        with np.errstate(all="ignore"):
+            loss = figures(mean, np.zeros((len(self.y), 1)), self.y, self.trainer.backend.device)["loss"]
+        if not (math.isfinite(loss) and (loss > 0 or spread == 0)):
+            column = f"column {cut(repr(self.table.target or 'y'))}"
+            apart = f"the numbers of {column} lie {spread:.3g} apart, and squares of that are beyond"
+            raise ValueError(f"{self.data}: {apart} {self.recipe.weights}; {_wider(self.recipe.weights, spread)}")
 
     def fit(self, progress: bool | None = None, *, validate: bool = False) -> None:
         """Train; when it ends, also by Ctrl-C, `model` is the network in the data's own units.
@@ -220,6 +302,46 @@ class Run:
             "rows": len(self.table.x), "train_rows": len(self.x), "held_out_rows": len(self.x_test),
             "parameters": self.model.parameter_count, "history": self.trainer.history, "seconds": self.seconds,
         }  # fmt: skip
+
+
+def _check_classes(data: str, table: Table) -> None:
+    """Raise if the target is no class: most classes would have one row, and the network as many outputs as rows."""
+    rows, classes = len(table.x), table.classes or []
+    if len(classes) <= max(FEW, rows / 2):
+        return
+    column = f" {table.target!r}" if table.target else ""
+    numbers = all(name.lstrip("-").isdecimal() for name in classes)
+    remedy = "if they are amounts, use --task regression" if numbers else "a column that names each row is no target"
+    got = f"the target{column} has {len(classes):,} classes in {rows:,} rows"
+    raise ValueError(f"{data}: {got}, expected two rows or more of most; {remedy}")
+
+
+def _check_range(data: str, table: Table, recipe: Recipe) -> None:
+    """Raise if a column, or how far its numbers lie apart, is beyond the numbers of the weights' type."""
+    limits, weights = np.finfo(recipe.weights), recipe.weights
+    parts: list[tuple[Array, list[str] | None, bool]] = [(table.x, table.columns, recipe.scale is not False)]
+    if table.y is not None and table.task == "regression":
+        parts.append((table.y, [table.target or "y"] * table.y.shape[1], True))
+    for rows, names, scaled in parts:
+        with np.errstate(over="ignore", invalid="ignore"):
+            high, low, spread = rows.max(0), rows.min(0), rows.std(0)
+            largest = np.maximum(high, -low)
+        for j in range(rows.shape[1]):
+            column = f"column {cut(repr(names[j])) if names else j}"
+            if largest[j] > limits.max or not spread[j] <= limits.max:
+                row = int(np.abs(rows[:, j]).argmax())
+                what, size = f"{column} has {rows[row, j]:.3g} at row {row}, too large for {weights}", largest[j]
+            elif scaled and high[j] > low[j] and spread[j] < limits.tiny:
+                what = f"the numbers of {column} lie {spread[j]:.3g} apart, too close for {weights}"
+                size = spread[j]
+            else:
+                continue
+            raise ValueError(f"{data}: {what}; {_wider(weights, size)}")
+
+
+def _wider(weights: str, size: float) -> str:
+    """What helps with numbers of that size, whose squares are taken."""
+    return "use --dtype float64" if weights == "float32" and 1e-150 < size < 1e150 else "scale it by a power of ten"
 
 
 def _scaled(rows: Array, scaler: Scaler | None) -> Array:

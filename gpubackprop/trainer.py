@@ -245,7 +245,8 @@ class Trainer:
         of the number of rows that returns their order. After an epoch each callback is called with the trainer, and one
         that returns True stops; `stop_below` stops at the first epoch whose loss (validation loss, if there is
         validation data) is below it. `progress` shows a bar (None: on a terminal). Ctrl-C lets the step in flight
-        finish, then re-raises; completed epochs stay in the history.
+        finish, then re-raises; completed epochs stay in the history. SIGTERM raises SystemExit(143) as late, unless it
+        has a handler of your own.
 
         `sample_weight` (n,) says how much each row counts, `class_weight` each label, {label: weight} (others 1) or
         "balanced" (n / (classes · rows of the class)); of both, the product. A batch's loss is Σ w·loss / Σ w, that of

@@ -45,15 +45,18 @@ def new_axes(width: float = 6.4, height: float = 4.8, columns: int = 1, **grid: 
     return pyplot().subplots(1, columns, figsize=(width, height), layout="constrained", **grid)[1]
 
 
-def save(axes: Axes, path: str | os.PathLike[str]) -> None:
-    """Write the figure of these Axes as .svg, .png or .pdf, whole or not at all: the same picture in the same bytes."""
+def save(axes: Axes, path: str | os.PathLike[str], *, replace: bool = True) -> None:
+    """Write the figure of these Axes as .svg, .png or .pdf, whole or not at all: the same picture in the same bytes.
+
+    With replace=False a file that is there is an error.
+    """
     from matplotlib import rc_context
 
     kind, file = check_kind(path), io.BytesIO()
     dates: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     with rc_context({"svg.hashsalt": "gpubackprop"}):
         axes.get_figure().savefig(file, format=kind[1:], dpi=200, metadata=dates.get(kind))
-    write_file(path, file.getvalue())
+    write_file(path, file.getvalue(), replace=replace)
 
 
 def check_kind(path: str | os.PathLike[str]) -> str:
