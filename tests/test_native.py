@@ -253,12 +253,25 @@ assert t.big(9)
 # ---- where it is not there -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wish, expected", [("3", 3), ("0", 1), ("²", None), ("many", None), ("-1", None)])
+@pytest.mark.parametrize("wish, expected", [("3", 3), ("0", 1), ("", None)])
 def test_the_number_of_cores_is_a_number(wish, expected, monkeypatch):
     monkeypatch.delenv("GPUBACKPROP_THREADS", raising=False)
     default = native.cores()
     monkeypatch.setenv("GPUBACKPROP_THREADS", wish)
     assert native.cores() == (expected or default)
+
+
+@pytest.mark.parametrize("wish", ["²", "many", "-1", "1.5", "1e3", "1000000", "9" * 5000])
+def test_a_number_of_cores_that_is_none_or_too_many_is_bounded_and_said(wish, monkeypatch):
+    """A million would start all the threads that the system gives."""
+    monkeypatch.delenv("GPUBACKPROP_THREADS", raising=False)
+    default, most = native.cores(), 4 * os.cpu_count()
+    monkeypatch.setenv("GPUBACKPROP_THREADS", wish)
+    with pytest.warns(
+        RuntimeWarning, match=rf"^GPUBACKPROP_THREADS is .*, expected an integer from 1 to {most}, four"
+    ) as w:
+        assert native.cores() == (most if wish.isdecimal() else default)
+    assert len(str(w[0].message)) < 300
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch):

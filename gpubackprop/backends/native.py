@@ -9,6 +9,7 @@ import importlib.machinery
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache, partial
@@ -22,7 +23,7 @@ from gpubackprop.backends import host
 from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally, one_per_row, owned
 from gpubackprop.backends.numpy import Calls, NumpyBackend, calls_of
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally
-from gpubackprop.formulas import KEPT, describe, name
+from gpubackprop.formulas import KEPT, cut, describe, name
 
 __all__ = ["Library", "NativeBackend", "available", "blas_product", "cores", "library", "why_not_native"]
 
@@ -135,10 +136,18 @@ def _path(instructions: str) -> Path:
 
 
 def cores() -> int:
-    """How many this process may use: GPUBACKPROP_THREADS, or what the system says."""
-    if (wish := os.environ.get("GPUBACKPROP_THREADS", "")).isdecimal():
+    """How many this process may use: GPUBACKPROP_THREADS, up to four times the machine's, or what the system says."""
+    found = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if not (wish := os.environ.get("GPUBACKPROP_THREADS", "").strip()):
+        return found
+    most, number = 4 * (os.cpu_count() or 1), wish.isdecimal()
+    if number and len(wish) < 10 and int(wish) <= most:
         return max(1, int(wish))
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    used = most if number else found
+    expected = f"an integer from 1 to {most}, four times the number of cores"
+    message = f"GPUBACKPROP_THREADS is {cut(repr(wish), 40)}, expected {expected}; {used} threads are used"
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return used
 
 
 # ---- NumPy's BLAS ----------------------------------------------------------------------------------------------------
