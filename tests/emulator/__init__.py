@@ -6,14 +6,17 @@
 `run` launches in several orders of threads and blocks, `bind` takes addresses; see emulation.h for what is emulated.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
 from functools import cache
 from math import prod
 from operator import index
@@ -24,7 +27,7 @@ import numpy as np
 
 from gpubackprop.backends import codegen
 
-__all__ = ["ORDERS", "EmulationError", "Library", "build", "sanitizer_environment"]
+__all__ = ["ORDERS", "EmulationError", "Library", "build", "cache_folder", "sanitizer_environment"]
 
 ORDERS = range(5)  # the natural one; two that go warp by warp; two that mix the threads of several blocks
 LIMITS = (2**31 - 1, 65_535, 65_535, 1024, 1024, 64)  # of CUDA: grid, block
@@ -122,11 +125,28 @@ def _surroundings():
     return hashlib.sha256(b"\0".join([version, *parts])).hexdigest()
 
 
+def cache_folder():
+    """Where compiled code is kept: this user's alone, because it is loaded; else one that goes with the process."""
+    folder = Path(tempfile.gettempdir()) / f"gpubackprop-emulator-{os.getuid()}"
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    about = folder.lstat()
+    if stat.S_ISDIR(about.st_mode) and about.st_uid == os.getuid() and not about.st_mode & 0o077:
+        return folder
+    return _own_folder()
+
+
+@cache
+def _own_folder():
+    folder = Path(tempfile.mkdtemp(prefix="gpubackprop-emulator-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _cached(suffix, text, options, objects=()):
     """The compiled text; processes that build it at the same time do not disturb each other."""
     digest = hashlib.sha256("\0".join([_surroundings(), text, *options, *objects]).encode()).hexdigest()
-    folder = Path(tempfile.gettempdir()) / f"gpubackprop-emulator-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder = cache_folder()
     path = folder / f"{digest[:32]}{suffix}"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:

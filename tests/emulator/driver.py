@@ -8,9 +8,7 @@ import ctypes
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 import threading
 import weakref
 from bisect import bisect_right, insort
@@ -19,13 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
 from benchmarks.cuda import compile_cuda
-from emulator import EmulationError, build
+from emulator import EmulationError, build, cache_folder
 from gpubackprop.backends import codegen
 from gpubackprop.backends.driver import OPTIONS, CaptureError, DeviceMemoryError, Paper, Properties
 
@@ -377,15 +374,13 @@ def _compiling(source):
 def ptx_parameters(source):
     """{kernel: the types of its parameters, as _ptx_type gives them} by NVRTC."""
     text = "\0".join([version("nvidia-cuda-nvrtc"), *OPTIONS, source])
-    folder = Path(tempfile.gettempdir()) / f"gpubackprop-emulator-{os.getuid()}"
-    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    path = cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
     if not path.exists():
         ptx = compile_cuda(source, "compute_75", "--disable-warnings").ptx
         found = {
             name: [_parsed(*p) for p in PARAMETER.findall(" ".join(listed.split()))]
             for name, listed in ENTRY.findall(ptx)
         }
-        folder.mkdir(mode=0o700, exist_ok=True)
         part = path.with_suffix(f".{threading.get_ident()}")
         part.write_text(json.dumps(found), "utf-8")
         part.replace(path)
