@@ -9,6 +9,8 @@ from typing import Any
 import click
 
 from gpubackprop.backends import get_backend, why_not_cuda
+from gpubackprop.checkpoint import check_writable
+from gpubackprop.formulas import cut
 from gpubackprop.precision import PRECISIONS
 from gpubackprop.roofline import GPUS
 
@@ -64,6 +66,7 @@ def run(
             get_backend(device)
         if path:
             Path(path).touch()
+            check_writable(path)
     except (ValueError, RuntimeError, OSError) as error:
         raise click.UsageError(str(error)) from None
     figures: list[Figures] = []
@@ -111,6 +114,8 @@ def plot(path: str, out: Path) -> None:
         raise click.ClickException(f"{error}; pip install matplotlib") from error
     except OSError as error:
         raise click.ClickException(str(error)) from error
+    except ValueError as error:  # of names that are no text to draw
+        raise click.ClickException(f"{path}: cannot be drawn ({cut(' '.join(str(error).split()))})") from error
     click.echo("\n".join(map(str, written)) or "nothing was measured")
 
 

@@ -1,8 +1,11 @@
 """Pictures of figures: bars of ratios, and curves of cost along one axis (matplotlib, extra `plot`)."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from gpubackprop.checkpoint import write_file
 
 from .report import along
 from .rounds import Figures
@@ -63,5 +66,6 @@ def _curves(figure: Any, axis: str, taken: Sequence[tuple[int, Figures]]) -> Non
 def _save(figure: Any, title: str, path: Path) -> Path:
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(file := io.BytesIO(), format="svg")
+    write_file(path, file.getvalue())
     return path

@@ -13,6 +13,7 @@ import numpy as np
 
 import gpubackprop as gb
 from gpubackprop.backends.native import cores, library, why_not_native
+from gpubackprop.checkpoint import write_file
 from gpubackprop.installation import nvidia_driver
 
 from .cases import CASES, Scaling
@@ -150,13 +151,16 @@ def _processor() -> str:
 def write(path: str, found: Sequence[Figures]) -> None:
     """All figures, in a file."""
     records = [f.record() for f in found]
-    Path(path).write_text(json.dumps(circumstances() | {"figures": records}, indent=2) + "\n")
+    write_file(path, (json.dumps(circumstances() | {"figures": records}, indent=2) + "\n").encode())
 
 
 def read(path: str) -> tuple[dict[str, Any], list[Figures]]:
     """Circumstances and figures from such a file; ValueError if it is none."""
     try:
         about = json.loads(Path(path).read_text())
-        return about, [Figures.of(record) for record in about.pop("figures")]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        found = [Figures.of(record) for record in about.pop("figures")]
+        if all(isinstance(about[key], str) for key in ("machine", "gpubackprop", "numpy", "date")):
+            return about, found
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: not figures of `python -m benchmarks run --json`") from error
+    raise ValueError(f"{path}: does not say what machine and versions its figures are of")

@@ -1,6 +1,7 @@
 """A case taken by every contender in turn, each in a process of its own; what they computed is compared first."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -85,8 +86,22 @@ class Figures:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Figures":
-        """From such a record."""
-        return cls(**{k: v for k, v in record.items() if k not in ("median", "spread")})
+        """From such a record; ValueError if it is none."""
+        if not isinstance(record, dict):
+            raise ValueError("a record is no object")
+        found = cls(**{k: v for k, v in record.items() if k not in ("median", "spread")})
+        texts = (found.case, found.group, found.unit, found.contender, found.versions, found.absent)
+        if not all(isinstance(text, str) for text in texts) or Path(found.group).name != found.group:
+            raise ValueError("a name is no text")
+        for numbers, least in (([found.flops, found.bytes, found.memory], 0), (found.seconds, 1e-15),
+                               (found.device_seconds, 1e-15), (found.check, -math.inf)):  # fmt: skip
+            if not isinstance(numbers, list) or not all(_is_number(n, least) for n in numbers):
+                raise ValueError("a figure is no number, or not one that can be measured")
+        return found
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value < 1e30
 
 
 class _Process:
