@@ -11,7 +11,7 @@ import click
 
 from gpubackprop import datasets
 from gpubackprop.checkpoint import check_writable
-from gpubackprop.formulas import ACTIVATIONS
+from gpubackprop.formulas import ACTIVATIONS, cut
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.precision import PRECISIONS
 from gpubackprop.runs import RATES, Recipe
@@ -93,9 +93,9 @@ def sizes(text: str | None, option: str) -> tuple[int, ...]:
 
 
 def fail(message: str, status: int) -> NoReturn:
-    """End with one line on stderr."""
+    """End with one line on stderr, of no more than a screen."""
     with suppress(OSError):
-        click.echo(f"gpubackprop: {' '.join(message.split())}", err=True)
+        click.echo(f"gpubackprop: {cut(' '.join(message.split()), 2000)}", err=True)
     raise click.exceptions.Exit(status)
 
 

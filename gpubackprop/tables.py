@@ -2,6 +2,7 @@
 
 import csv
 import math
+import os
 import re
 import zipfile
 from collections import Counter
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from .data import as_features, as_targets, check_same_length
 from .datasets import NAMES
+from .formulas import cut
 
 __all__ = ["Table", "Task", "read_table"]
 
@@ -99,10 +101,13 @@ def _read_npz(
             np.load(raw, allow_pickle=False) as file,
         ):  # by path it stays open on errors
             names = list(file)
-            arrays = {name: file[name] for name in ("x", "y")[: 1 + labelled] if name in names}
+            lengths = _lengths(file, labelled)
+            arrays = {name: file[name] for name in lengths} if len({*lengths.values()}) == 1 else {}
     except Exception as error:  # a damaged zip raises a dozen types, from BadZipFile to NotImplementedError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as npz ({reason}); {remedy}") from None
+    if len(lengths) == 2:
+        check_same_length(range(lengths["x"]), range(lengths["y"]), where)
     if "x" not in arrays:
         raise ValueError(f"{path}: has the arrays {_some(names)}, expected x and y; {remedy}")
     x = as_features(arrays["x"], np.float64, None if columns is None else len(columns), where)
@@ -122,6 +127,34 @@ def _read_npz(
     return Table(x, labels, task=task, classes=known)
 
 
+def _lengths(file: Any, labelled: bool) -> dict[str, int]:
+    """The lengths of x and y, by their headers alone; ValueError if one is not as long as it says, or too long."""
+    lengths: dict[str, int] = {}
+    members = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
+    for name in ("x", "y")[: 1 + labelled]:
+        if (info := members.get(name)) is None:
+            continue
+        with file.zip.open(info) as member:
+            first = np.lib.format.read_magic(member) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(member)
+            size = math.prod(shape) * dtype.itemsize
+            if not dtype.hasobject and member.tell() + size != info.file_size:
+                raise ValueError(f"{name} has {info.file_size:,} bytes, but its shape {shape} takes {size:,}")
+        if (wanted := max(size, 8 * math.prod(shape))) > (room := _memory()):
+            raise ValueError(f"{name} of shape {shape} takes {wanted:,} bytes, and this machine has {room:,}")
+        lengths[name] = shape[0] if shape else 1
+    return lengths
+
+
+def _memory() -> int:
+    """The bytes of this machine's memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 2**63
+
+
 # ---- CSV ---------------------------------------------------------------------------------------------------
 
 
@@ -132,15 +165,15 @@ def _read_csv(
     names, rows, lines = _records(path)
     cells = dict(zip(names, zip(*rows, strict=True), strict=True))
     if target is not None and target not in cells and columns is None:
-        raise ValueError(f"{path}: has no column {target!r} for the target; choose from {_some(names)}")
+        raise ValueError(f"{path}: has no column {_shown(target)} for the target; choose from {_some(names)}")
     wanted = [name for name in names if name != target] if columns is None else list(columns)
     if absent := [name for name in wanted if name not in cells]:
         raise ValueError(f"{path}: lacks the model's columns {_some(absent)}; it has {_some(names)}")
     if not wanted:
-        raise ValueError(f"{path}: has no column but the target {target!r}, expected features; add some")
+        raise ValueError(f"{path}: has no column but the target {_shown(str(target))}, expected features; add some")
 
     def at(name: str) -> At:
-        return lambda row: f"line {lines[row]}, column {name!r}"
+        return lambda row: f"line {lines[row]}, column {_shown(name)}"
 
     x = np.empty((len(rows), len(wanted)))
     for j, name in enumerate(wanted):
@@ -220,7 +253,7 @@ def _numbers(path: Path, cells: Names, at: At, ways: Names = ()) -> NDArray[np.f
     remedy = " or ".join([", ".join(most), last] if most else [last])
     if re.fullmatch(r"[+-]?\d+,\d+", cells[row].strip()):
         remedy = "write it with a decimal point"
-    raise ValueError(f"{path}: {at(row)} has {cells[row]!r}, expected a finite number; {remedy}")
+    raise ValueError(f"{path}: {at(row)} has {_shown(cells[row])}, expected a finite number; {remedy}")
 
 
 def _number(cell: str) -> float:
@@ -243,7 +276,7 @@ def _guess_task(path: Path, cells: Names, at: At) -> Task:
         return "regression"
     if any(_NUMBER.fullmatch(cell) and not _INTEGER.fullmatch(cell) for cell in distinct):
         where = at(cells.index(text[0]))
-        raise ValueError(f"{path}: {where} has {text[0]!r} among fractions; fix it or give --task")
+        raise ValueError(f"{path}: {where} has {_shown(text[0])} among fractions; fix it or give --task")
     return "classification"
 
 
@@ -262,12 +295,12 @@ def _labels(path: Path, cells: Names, classes: Names | None, at: At) -> tuple[ND
     else:
         names = sorted(distinct)
     if classes is None and len(names) < 2:
-        raise ValueError(f"{path}: every row has the class {names[0]!r}, expected at least 2 classes; add rows")
+        raise ValueError(f"{path}: every row has the class {_shown(names[0])}, expected at least 2 classes; add rows")
     index = {name: label for label, name in enumerate(names)}
     for cell in distinct:
         if cell not in index and plain[cell] not in index:
             where = at(cells.index(cell))
-            raise ValueError(f"{path}: {where} has the unknown class {cell!r}; the model knows {_some(names)}")
+            raise ValueError(f"{path}: {where} has the unknown class {_shown(cell)}; the model knows {_some(names)}")
     label = {cell: index[cell] if cell in index else index[plain[cell]] for cell in distinct}
     return np.fromiter((label[cell] for cell in cells), np.int64, len(cells)), names
 
@@ -293,4 +326,9 @@ def _check_present(path: Path, cells: Names, at: At) -> None:
 def _some(names: Names, most: int = 10) -> str:
     """The names as a list on one line."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return " ".join(", ".join(names[:most]).split()) + more
+    return " ".join(", ".join(cut(name, 60) for name in names[:most]).split()) + more
+
+
+def _shown(cell: str) -> str:
+    """A cell or a name in a message: its beginning, if it is long."""
+    return cut(repr(cell), 100)
