@@ -203,6 +203,10 @@ def _model(header: dict[str, Any], where: str) -> Layer:
             names = header.get(key)
             if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
                 raise ValueError(f"its header is damaged ({key} is no list of names); save it again")
+            if key == "feature_names" and names and model.inputs not in (None, len(names)):
+                raise ValueError(
+                    f"its header is damaged ({len(names):,} names of {model.inputs:,} columns); save it again"
+                )
             if names:
                 setattr(model, key, tuple(names))
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:

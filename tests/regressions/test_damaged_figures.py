@@ -45,6 +45,7 @@ def test_what_is_no_file_of_figures_is_said(text, tmp_path):
         assert done.exit_code == 1 and "not figures of `python -m benchmarks run --json`" in done.output
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")  # a name that no font can show is drawn all the same
 @given(st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_file_is_compared_or_refused_in_a_line(tmp_path, data):
