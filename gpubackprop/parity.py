@@ -462,6 +462,12 @@ def _scatter_add(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     return g.back.scatter_add(g.normal(1, rows, columns), g.integers(rows, rows), out), {"out": out}
 
 
+@_case("scatter add, live", EXACT)
+def _scatter_add_live(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
+    out = g.normal(1, rows, columns)
+    return g.back.scatter_add(g.normal(1, rows, columns), g.integers(rows, rows), out, live=True), {"out": out}
+
+
 @_case("copy", EXACT)
 def _copy(g: Ground, rows: int, columns: int) -> tuple[Launch, Outputs]:
     out = g.blank(rows, columns)

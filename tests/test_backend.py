@@ -322,6 +322,11 @@ def test_gather_and_its_transpose(index, dtype, back, rng):
     to = put(back, dx)
     back.scatter_add(put(back, dy), places, to).run()
     same(back.to_numpy(to), expected.astype(dtype))
+    live, other = put(back, dx), put(back, np.ones_like(index))  # values that change after binding
+    launch = back.scatter_add(put(back, dy), other, live, live=True)
+    back.write(other, index)
+    launch.run()
+    same(back.to_numpy(live), expected.astype(dtype))
     with pytest.raises(ValueError, match="gather: shapes do not fit"):
         back.gather(put(back, x), places, put(back, np.ones((2, len(index) + 1, 4)), dtype))
     with pytest.raises(ValueError, match="scatter_add: shapes do not fit"):
@@ -905,6 +910,8 @@ def launches(back, rng):
         "reduce": back.reduce("mean", x, (0,), column[0], accumulate=True),
         "gather": back.gather(x.reshape(1, 500, 64), put(back, rng.integers(0, 500, 400)), of(1, 400, 64)),
         "scatter_add": back.scatter_add(of(1, 80, 64), put(back, rng.integers(0, 64, 80)), of(1, 64, 64)),
+        "scatter_add live": back.scatter_add(
+            of(1, 80, 64), put(back, rng.integers(0, 64, 80)), of(1, 64, 64), live=True),
         "feed": back.feed(x, labels, put(back, np.arange(500)), steps, of(400, 64), put(back, np.zeros(400, int)), 1.0),
         "feed of weights": back.feed(of(500, 1), None, put(back, np.arange(500)), steps, of(400, 1), None, 1.0),
         "softmax_cross_entropy": back.softmax_cross_entropy(

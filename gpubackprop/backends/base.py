@@ -156,10 +156,13 @@ def arithmetic(dtype: npt.DTypeLike) -> np.dtype[Any]:
 
 
 def is_on_device(a: Any) -> bool:
-    """Whether an array lies on a CUDA device, by what it offers: the CUDA array interface or DLPack."""
+    """Whether an array lies on a CUDA device, by what it offers: the CUDA array interface or DLPack.
+
+    A Tensor, which has a backprop, is no array: its buffer is.
+    """
     if hasattr(a, "__cuda_array_interface__"):
         return True
-    return hasattr(a, "__dlpack_device__") and int(a.__dlpack_device__()[0]) == KDL_CUDA
+    return hasattr(a, "__dlpack_device__") and not hasattr(a, "backprop") and int(a.__dlpack_device__()[0]) == KDL_CUDA
 
 
 def too_large(nbytes: int, free: int) -> bool:
@@ -377,8 +380,8 @@ class Backend(Protocol):
     def gather(self, x: Buffer, index: Buffer, out: Buffer) -> Launch:
         """out[:, i] = x[:, index[i]] for x (outer, n, inner)."""
 
-    def scatter_add(self, dy: Buffer, index: Buffer, out: Buffer) -> Launch:
-        """out[:, index[i]] += dy[:, i], in the order of i: deterministic."""
+    def scatter_add(self, dy: Buffer, index: Buffer, out: Buffer, *, live: bool = False) -> Launch:
+        """out[:, index[i]] += dy[:, i], in the order of i: deterministic. live=True: launches may change the index."""
 
     def feed(
         self, source_x: Buffer, source_y: Buffer | None, order: Buffer, table: StepTable, x: Buffer, y: Buffer | None,

@@ -354,10 +354,16 @@ class CudaBackend:
         call = self._file_kernel("gather.cu", "gather", x, place, {**arguments, "inner": inner})
         return self._launch("gather", "out[:, i] = x[:, index[i]]", {"x": x, "index": index}, {"out": out}, 0, [call])
 
-    def scatter_add(self, dy: Buffer, index: Buffer, out: Buffer) -> Launch:
+    def scatter_add(self, dy: Buffer, index: Buffer, out: Buffer, *, live: bool = False) -> Launch:
         """out[:, index[i]] += dy[:, i]: each target adds up its rows in their order; see Backend."""
         outer, length, inner = out.shape
         expect("scatter_add", dy.shape == (outer, index.size, inner), f"{dy.shape} into {out.shape}")
+        what, reads = "out[:, index[i]] += dy[:, i]", {"dy": dy, "index": index}
+        if live:
+            numbers = {"outer": outer, "length": length, "count": index.size, "inner": inner}
+            shape = geometry.slices_geometry(outer * index.size, inner, dy.dtype.itemsize)
+            call = self._file_kernel("gather.cu", "scatter_add_live", dy, shape, {"out": out, **reads, **numbers})
+            return self._launch("scatter_add", what, reads, {"out": out}, dy.size, [call])
         host = self.to_numpy(index).reshape(-1)
         order = np.argsort(host, kind="stable")
         targets, starts = np.unique(host[order], return_index=True)
@@ -366,7 +372,6 @@ class CudaBackend:
         numbers = {"segments": len(targets), "outer": outer, "length": length, "count": index.size, "inner": inner}
         shape = geometry.slices_geometry(outer * len(targets), inner, dy.dtype.itemsize)
         call = self._file_kernel("gather.cu", "scatter_add", dy, shape, {"out": out, "dy": dy, **device, **numbers})
-        what, reads = "out[:, index[i]] += dy[:, i]", {"dy": dy, "index": index}
         return self._launch("scatter_add", what, reads, {"out": out}, dy.size, [call])
 
     # ---- the training step

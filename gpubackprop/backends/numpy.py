@@ -303,8 +303,8 @@ class NumpyBackend:
         call = partial(x.take, index.reshape(-1), 1, out, "clip")  # any other mode buffers `out`
         return _launch("gather", "out[:, i] = x[:, index[i]]", {"x": x, "index": index}, {"out": out}, 0, [call])
 
-    def scatter_add(self, dy: Array, index: Array, out: Array) -> Launch:
-        """out[:, index[i]] += dy[:, i]; see Backend."""
+    def scatter_add(self, dy: Array, index: Array, out: Array, *, live: bool = False) -> Launch:
+        """out[:, index[i]] += dy[:, i], by the index as it is at the time; see Backend."""
         expect("scatter_add", dy.shape == (out.shape[0], index.size, out.shape[2]), f"{dy.shape} into {out.shape}")
         where: Any = (slice(None), index.reshape(-1))
         wide = Wide()

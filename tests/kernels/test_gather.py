@@ -1,4 +1,4 @@
-"""gather bit for bit, scatter_add bit for bit with numpy.add.at."""
+"""gather bit for bit, scatter_add and scatter_add_live bit for bit with numpy.add.at."""
 
 from functools import cache
 
@@ -47,6 +47,19 @@ def scatter_add(dy, index, out, at=None):
     return out
 
 
+def scatter_add_live(dy, index, out, at=None):
+    (outer, length, inner), count = out.shape, index.size
+    at = at or slices_geometry(outer * count, inner, dy.itemsize)
+    library(dy.dtype).run(
+        "scatter_add_live", at.grid, at.block, out=out, dy=dy, index=index, outer=outer, length=length, count=count,
+        inner=inner,
+    )  # fmt: skip
+    return out
+
+
+SCATTERS = [scatter_add, scatter_add_live]
+
+
 def assert_bits(actual, expected):
     assert actual.dtype == expected.dtype and actual.tobytes() == expected.tobytes()
 
@@ -64,12 +77,13 @@ def test_gather(shape, offset, dtype):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scatter_add(shape, offset, dtype):
+@pytest.mark.parametrize("scatter", SCATTERS)
+def test_scatter_add(scatter, shape, offset, dtype):
     """In R, one after the other, stored once: at float32 and float64 the bits of numpy.add.at."""
     x, dy, index = operands(shape, dtype, offset)
     expected = x.astype(arithmetic(dtype))
     np.add.at(expected, (slice(None), index), dy.astype(expected.dtype))
-    assert_bits(scatter_add(dy, index, x), expected.astype(dtype))
+    assert_bits(scatter(dy, index, x), expected.astype(dtype))
 
 
 @pytest.mark.parametrize("grid, block", [((1, 1, 1), (32, 1, 1)), ((3, 2, 1), (4, 8, 1)), ((50, 3, 1), (1, 32, 1))])
@@ -78,7 +92,8 @@ def test_any_grid(grid, block):
     at, expected = Geometry(grid, block), x.copy()
     assert_bits(gather(x, index, np.zeros_like(dy), at), np.take(x, index, 1))
     np.add.at(expected, (slice(None), index), dy)
-    assert_bits(scatter_add(dy, index, x, at), expected)
+    for scatter in SCATTERS:
+        assert_bits(scatter(dy, index, x.copy(), at), expected)
 
 
 def test_geometry():
