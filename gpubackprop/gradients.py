@@ -11,6 +11,7 @@ from gpubackprop.tensor import Tensor, tensor
 __all__ = ["gradcheck", "hessian_vector_product", "value_and_grad"]
 
 Floats = npt.NDArray[np.float64]
+NO_SECOND = "gradients have no graph, so use gb.hessian_vector_product for second derivatives"
 STEPS = (1, -1, 2, -2)  # where a central difference of fourth order is taken, in units of its step
 
 
@@ -25,6 +26,9 @@ def value_and_grad(function: Callable[..., Tensor]) -> Callable[..., tuple[float
     """
 
     def evaluate(*arrays: Any) -> tuple[float, Any]:
+        if any(isinstance(a, Tensor) and a.requires_grad for a in arrays):
+            raise RuntimeError(f"value_and_grad: an argument requires a gradient, which would be lost; {NO_SECOND}, or "
+                               "pass its .detach()")  # fmt: skip
         leaves = [tensor(a, requires_grad=True) for a in arrays]
         value = _checked("value_and_grad", function(*leaves))
         if value.requires_grad:
@@ -115,10 +119,13 @@ def hessian_vector_product(function: Callable[..., Tensor], inputs: Any, v: Any,
 def _arrays(inputs: Any) -> tuple[list[Floats], bool]:
     """The inputs in float64, and whether they are several: a tuple, or a list of arrays."""
     several = isinstance(inputs, tuple) or (isinstance(inputs, list) and any(hasattr(a, "shape") for a in inputs))
-    return [np.array(a, np.float64) for a in (inputs if several else [inputs])], several
+    listed = [a.numpy() if isinstance(a, Tensor) else a for a in (inputs if several else [inputs])]
+    return [np.array(a, np.float64) for a in listed], several
 
 
 def _checked(where: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: the function returned {type(value).__name__}, expected a tensor")
+        raise TypeError(
+            f"{where}: the function returned {type(value).__name__}, expected a tensor made of its arguments"
+        )
     return value

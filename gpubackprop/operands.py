@@ -8,15 +8,17 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gpubackprop.backends.base import Buffer, Graph, arithmetic, setting
 from gpubackprop.backprop import Backprop, Gradients
 from gpubackprop.formulas import parse
-from gpubackprop.plan import empty
+from gpubackprop.plan import empty, run
 from gpubackprop.tensor import FLOATS, Axis, Tensor
 
 __all__ = [
-    "axes_of", "broadcast_shape", "constant", "graph", "new", "operands", "result", "row_by_row", "share", "sum_to",
+    "axes_of", "broadcast_shape", "constant", "graph", "integers", "new", "operands", "recast", "result", "row_by_row",
+    "share", "sum_to",
 ]  # fmt: skip
 
 _batch: ContextVar[tuple[Tensor, Tensor] | None] = ContextVar("batch", default=None)
@@ -28,9 +30,9 @@ def row_by_row(output: Tensor, target: Tensor) -> AbstractContextManager[None]:
 
 
 def constant(value: Any, like: Tensor) -> Tensor:
-    """The value as a tensor beside `like`: Python numbers and integers take its dtype, floats must have it."""
+    """The value as a tensor beside `like`: Python numbers, integers and masks take its dtype, floats must have it."""
     if isinstance(value, Tensor):
-        return value
+        return recast(value, like.dtype) if _adapts(value) and value.dtype != like.dtype else value
     array = np.array(value)  # a copy: the caller may write over it before backward reads it
     adapts = isinstance(value, int | float) or array.dtype.kind in "iub"
     if not adapts and array.dtype not in FLOATS:
@@ -40,20 +42,49 @@ def constant(value: Any, like: Tensor) -> Tensor:
     return Tensor(like.backend.asarray(array, like.dtype if adapts else None), like.backend)
 
 
+def _adapts(x: Tensor) -> bool:
+    """Whether a tensor takes the type of the floats beside it."""
+    return x.boolean or x.dtype.kind in "iu"
+
+
+def integers(*values: Any) -> bool:
+    """Whether the values, of which one at least is a tensor, are all integers."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    others = [v for v in values if not isinstance(v, Tensor)]
+    return (
+        len(tensors) > 0
+        and all(t.dtype.kind in "iu" for t in tensors)
+        and all(np.asarray(v).dtype.kind in "iub" for v in others)
+    )
+
+
+def recast(x: Tensor, dtype: npt.DTypeLike) -> Tensor:
+    """The same elements in another type, as a constant."""
+    y = empty(x.backend, x.shape, dtype)
+    run(y, lambda: x.backend.copy(x.buffer, y))
+    same = Tensor(y, x.backend)
+    same.boolean = x.boolean
+    return same
+
+
 def share(value: float, like: Tensor) -> Buffer:
     """A factor of one element in the type that values of the tensor are computed in."""
     return like.backend.asarray(np.array(value, arithmetic(like.dtype)))
 
 
-def operands(name: str, *values: Any) -> list[Tensor]:
-    """The values as tensors of one device and dtype."""
-    like = next((v for v in values if isinstance(v, Tensor)), None)
-    if like is None:
+def operands(name: str, *values: Any, integers: bool = False) -> list[Tensor]:
+    """The values as tensors of one device and one floating type; with integers=True, tensors of integers stay such."""
+    given = [v for v in values if isinstance(v, Tensor)]
+    if not given:
         raise TypeError(f"{name}: at least one operand must be a tensor; make one with gb.tensor(…)")
+    like = next((t for t in given if not _adapts(t)), given[0])
+    if like.dtype.kind in "iu" and not (integers and all(isinstance(v, Tensor) for v in values)):
+        like = recast(like, np.float64)
     tensors = [constant(v, like) for v in values]
     if len({t.dtype for t in tensors}) > 1:
-        kinds = " and ".join(str(t.dtype) for t in tensors)
-        raise TypeError(f"{name}: dtypes differ ({kinds}); convert one with gb.tensor(array, dtype=…)")
+        kinds = " and ".join(dict.fromkeys(t.dtype.name for t in tensors))
+        wanted = tensors[-1].dtype.name  # a layer's parameters come after its input
+        raise TypeError(f"{name}: dtypes differ ({kinds}); convert one, as with .astype({wanted!r})")
     if len({t.device for t in tensors}) > 1:
         raise ValueError(f"{name}: tensors live on different devices ({', '.join(t.device for t in tensors)})")
     return tensors

@@ -15,9 +15,20 @@ from gpubackprop.backends.base import Buffer
 from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import RESULT, Activation
 from gpubackprop.observe import observer
-from gpubackprop.operands import axes_of, broadcast_shape, graph, new, operands, result, share, sum_to
+from gpubackprop.operands import (
+    axes_of,
+    broadcast_shape,
+    graph,
+    integers,
+    new,
+    operands,
+    recast,
+    result,
+    share,
+    sum_to,
+)
 from gpubackprop.plan import release, run
-from gpubackprop.shapes import broadcast_to, reshape
+from gpubackprop.shapes import broadcast_to, cast, reshape
 from gpubackprop.tensor import Axis, Tensor
 
 __all__ = [
@@ -85,8 +96,14 @@ neg, exp, log, log1p, expm1, sqrt, sin, cos, abs = map(_unary, formulas.UNARY.va
 relu, sigmoid, tanh = (_unary(formulas.ACTIVATIONS[k]) for k in ("relu", "sigmoid", "tanh"))
 
 
+WHOLE = ("add", "subtract", "multiply", "maximum", "minimum")  # integers give integers
+MASKS = ("multiply", "maximum", "minimum")  # masks give a mask: of both, of either
+
+
 def _binary(row: formulas.Binary) -> Callable[[Any, Any], Tensor]:
     def operation(a: Any, b: Any) -> Tensor:
+        if row.name in WHOLE and integers(a, b):
+            return cast(operation(*(recast(v, np.float64) if isinstance(v, Tensor) else v for v in (a, b))), np.int64)
         a, b = operands(row.name, a, b)
         y = new(a, broadcast_shape(row.name, a, b))
         _fill_elementwise(row.name, row.forward, a, {"a": a.buffer, "b": b.buffer}, y)
@@ -102,7 +119,9 @@ def _binary(row: formulas.Binary) -> Callable[[Any, Any], Tensor]:
                         grads, x, f"{row.name} backward", text, {k: reads[k] for k in ("dy", *names)}, y.shape
                     )
 
-        return result(y, (a, b), backprop)
+        outcome = result(y, (a, b), backprop)
+        outcome.boolean = row.name in MASKS and a.boolean and b.boolean
+        return outcome
 
     operation.__name__ = operation.__qualname__ = row.name
     operation.__doc__ = f"y = {row.forward}, elementwise with broadcasting; da = {row.da}, db = {row.db}."
@@ -113,10 +132,12 @@ add, subtract, multiply, divide, power, maximum, minimum = map(_binary, formulas
 
 
 def compare(sign: str, a: Any, b: Any) -> Tensor:
-    """1 where the comparison holds, else 0; a constant."""
+    """1 where the comparison holds, else 0; a constant, which serves as a mask."""
     a, b = operands(sign, a, b)
     reads, y = {"a": a.buffer, "b": b.buffer}, new(a, broadcast_shape(sign, a, b))
-    return Tensor(_fill_elementwise(sign, f"where(a {sign} b, 1, 0)", a, reads, y), a.backend)
+    holds = Tensor(_fill_elementwise(sign, f"where(a {sign} b, 1, 0)", a, reads, y), a.backend)
+    holds.boolean = True
+    return holds
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:

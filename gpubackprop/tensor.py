@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,25 @@ Axis = int | Sequence[int] | None
 _serial = itertools.count()
 
 
+class _Override:
+    """`__array_ufunc__`: NumPy finds it on the class, and calls it. CuPy asks the tensor, and where it finds None, an
+    array's operators give way to the tensor's."""
+
+    def __get__(self, tensor: "Tensor | None", kind: type) -> Any:
+        return _numpy_ufunc if tensor is None else None
+
+
 class Tensor:
     """An array on a device that knows how it was computed.
 
     `buffer` is the backend's own array, C-contiguous; `data` is that for users. Results of operations keep their inputs
-    and a closure that propagates a gradient back to them, where any input requires one.
+    and a closure that propagates a gradient back to them, where any input requires one. `boolean` marks the 0 and 1 of
+    a comparison: a mask as a key, and beside floats of any type.
     """
 
-    __array_ufunc__ = None  # NumPy on the left of an operator gives way to ours
-    __slots__ = ("__weakref__", "backend", "backprop", "buffer", "grad_buffer", "grad_data", "inputs", "layer",
-                 "requires_grad", "retains_grad", "serial")  # fmt: skip
+    __array_ufunc__ = _Override()
+    __slots__ = ("__weakref__", "backend", "backprop", "boolean", "buffer", "grad_buffer", "grad_data", "inputs",
+                 "layer", "requires_grad", "retains_grad", "serial")  # fmt: skip
 
     def __init__(
         self, buffer: Buffer, backend: Backend, *, requires_grad: bool = False, inputs: tuple["Tensor", ...] = (),
@@ -45,6 +54,7 @@ class Tensor:
         self.serial = next(_serial)
         self.layer = current_layer()
         self.retains_grad = False
+        self.boolean = False
         self.grad_buffer: Buffer | None = None  # where a parameter's gradient has its fixed place
         self.grad_data: Buffer | None = None
 
@@ -107,19 +117,36 @@ class Tensor:
             raise ValueError(f"item: one element expected, got shape {self.shape}; use .numpy()")
         return float(self.numpy().reshape(-1)[0])
 
-    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return self.numpy().astype(dtype or self.dtype, copy=False)
-
     def __float__(self) -> float:
         return self.item()
 
     def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(
+                f"bool: the truth of a tensor of shape {self.shape} is ambiguous; reduce it to one element, choose "
+                "elements with gb.where, or compare tensors with `is`"
+            )
         return bool(self.item())
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return str(self)
+        if self.size != 1:
+            raise TypeError(f"format {spec!r}: one element expected, got shape {self.shape}; format those of .numpy()")
+        return format(self.item(), spec)
 
     def __len__(self) -> int:
         if not self.shape:
             raise TypeError("len: a tensor of shape () has no length")
         return self.shape[0]
+
+    def __iter__(self) -> "Iterator[Tensor]":
+        if not self.shape:
+            raise TypeError("iter: a tensor of shape () has no rows")
+        return (self[i] for i in range(len(self)))
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(np.any((self == value).numpy()))
 
     def __repr__(self) -> str:
         about = f", requires_grad={self.requires_grad}" if self.requires_grad else ""
@@ -127,6 +154,32 @@ class Tensor:
             return f"tensor(shape={self.shape}, dtype={self.dtype}{about})"
         body = np.array2string(self.numpy(), prefix="tensor(", separator=", ")
         return f"tensor({body}, dtype={self.dtype}{about})"
+
+    # ---- other libraries
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        _refuse_values()
+        if self.requires_grad:
+            raise RuntimeError(
+                "array: a tensor that requires a gradient would lose it in a NumPy array; use an operation of gb "
+                "(gb.stack for tensors in a list), or take the values with .detach() or .numpy()"
+            )
+        return self.numpy().astype(dtype or self.dtype, copy=False)
+
+    def __array_function__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
+        from gpubackprop.numpy_functions import call
+
+        return call(function, arguments, options)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """The data for another library, without a copy; a BufferError if the tensor requires a gradient."""
+        if self.requires_grad:
+            raise BufferError("dlpack: a tensor that requires a gradient would lose it; pass its .detach()")
+        return self.data.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self.buffer.__dlpack_device__()
+        return device
 
     # ---- gradients
 
@@ -137,7 +190,8 @@ class Tensor:
         """
         if not self.requires_grad:
             raise RuntimeError(
-                "backward: nothing below this tensor requires a gradient; make a leaf with requires_grad=True"
+                "backward: nothing below this tensor requires a gradient; make a leaf with requires_grad=True "
+                "(a gradient is a constant: there are no second derivatives here; use gb.hessian_vector_product)"
             )
         if gradient is None and self.size != 1:
             raise ValueError(
@@ -149,7 +203,9 @@ class Tensor:
                 raise ValueError(f"backward: gradient has shape {dy.shape} but the tensor has shape {self.shape}")
             dy = Tensor(dy.buffer.reshape(self.shape), self.backend)
         if dy.dtype != self.dtype:
-            raise TypeError(f"backward: gradient is {dy.dtype} but the tensor {self.dtype}; convert one of them")
+            raise TypeError(
+                f"backward: gradient is {dy.dtype} but the tensor {self.dtype}; use .astype({self.dtype.name!r})"
+            )
         backward(self, dy.buffer)
 
     # ---- operators
@@ -193,6 +249,14 @@ class Tensor:
     def __neg__(self) -> "Tensor":
         return ops.neg(self)
 
+    def __eq__(self, other: Any) -> "Tensor":  # type: ignore[override]
+        return NotImplemented if _never_equal(other) else ops.compare("==", self, other)
+
+    def __ne__(self, other: Any) -> "Tensor":  # type: ignore[override]
+        return NotImplemented if _never_equal(other) else ops.compare("!=", self, other)
+
+    __hash__ = object.__hash__  # by identity: tensors are keys
+
     def __gt__(self, other: Any) -> "Tensor":
         return ops.compare(">", self, other)
 
@@ -214,6 +278,10 @@ class Tensor:
     def T(self) -> "Tensor":
         """The axes in reverse order."""
         return shapes.transpose(self)
+
+    def astype(self, dtype: npt.DTypeLike) -> "Tensor":
+        """The same values in another type, differentiable between floats; integers serve as indices, bools as masks."""
+        return self != 0 if np.dtype(dtype).kind == "b" else shapes.cast(self, dtype)
 
     def reshape(self, *shape: Any) -> "Tensor":
         """The same elements in another shape; one length may be -1."""
@@ -302,6 +370,17 @@ class Tensor:
     __abs__ = abs
 
 
+def _numpy_ufunc(tensor: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+    from gpubackprop.numpy_functions import call_ufunc
+
+    return call_ufunc(ufunc, method, inputs, options)
+
+
+def _never_equal(other: Any) -> bool:
+    """Whether a tensor differs from the other as a whole, as from None or a text, and Python's identity decides."""
+    return other is None or isinstance(other, str | bytes)
+
+
 def _refuse_values() -> None:
     if recording() is not None:
         raise RuntimeError(
@@ -315,10 +394,16 @@ def tensor(
 ) -> Tensor:
     """A leaf holding a copy of the array. float32 and float64 are kept, integers and bools become float64.
 
-    `device` defaults to where the array lives.
+    `device` defaults to where the array lives. A result of operations that requires a gradient is
+    refused, because a copy would not pass it on.
     """
     if isinstance(array, Tensor):
-        device, array = device or array.device, array.buffer
+        if array.backprop is not None:
+            raise RuntimeError(
+                "tensor: a copy of a result that requires a gradient would lose it; use the tensor itself or .astype, "
+                "or copy its values with gb.tensor(t.detach())"
+            )
+        device, array = device or array.device, array.data
     home = _home(array)
     backend = get_backend(device or home)
     if home != "cpu" and backend is not (there := get_backend(home)):
@@ -333,7 +418,9 @@ def tensor(
     wanted = _wanted(values.dtype, dtype)
     data = backend.empty(values.shape, wanted)
     backend.write(data, values)
-    return Tensor(data, backend, requires_grad=requires_grad)
+    leaf = Tensor(data, backend, requires_grad=requires_grad)
+    leaf.boolean = values.dtype.kind == "b"
+    return leaf
 
 
 def _wanted(given: np.dtype[Any], dtype: npt.DTypeLike | None) -> np.dtype[Any]:

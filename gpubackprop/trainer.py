@@ -567,14 +567,16 @@ class Trainer:
         return figures | {"loss": figures["loss"] + self.penalty.value(self.model.arena, weight)}
 
     def predict(self, x: Any) -> Any:
-        """The raw output for every row (logits, for a classifier), in x's own kind of array."""
+        """The raw output for every row (logits, for a classifier): a NumPy array, or a device array for x on
+        a device."""
         return self.model.predict(x)
 
     @exclusive
     def plan(self, batch_size: int = 128, *, weighted: bool = False) -> Plan:
         """The training step for a batch of that many rows, bound but not run: print it, add it up, profile it.
 
-        It is fed from a stand-in of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
+        A loss of the user's own has labels if it was trained on labels, else rows of numbers. It is fed from a stand-in
+        of one batch: the data of a `fit` lies where it is, and is no part of what it holds.
         """
         whole("plan", "batch_size", batch_size)
         if not trains(self.model):
@@ -583,7 +585,8 @@ class Trainer:
         if columns is None:
             raise ValueError("plan: the model does not say how many columns it takes; give its class an `inputs`")
         outputs = self._outputs(columns, batch_size, training=True)
-        classes = self.objective.classes
+        labels = any(step.target_shape == () for step in self._steps.values())  # of a loss of the user's own
+        classes = self.objective.classes or labels
         y = np.zeros((batch_size,) if classes else (batch_size, outputs), np.int64 if classes else self.model.dtype)
         return self._plan(columns, y, np.ones(batch_size, self.model.dtype) if weighted else None)
 

@@ -18,7 +18,7 @@ LEVELS = [
     {"backends"},
     {"plan", "observe"},
     {"backprop"},
-    {"tensor", "operands", "shapes", "ops"},
+    {"tensor", "operands", "shapes", "ops", "numpy_functions"},
     {"data", "fused", "gradients", "arena", "initializers", "rates"},
     {"datasets", "device_data", "holdout", "schedules"},
     {"predictor"},
