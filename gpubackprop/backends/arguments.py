@@ -32,8 +32,8 @@ class Formula:
         hoisted: Mapping[str, Expr] = {}
         if table is not None:
             self.graph, hoisted = hoist(self.graph, self.arrays)
-        used = {*self.graph, *free_names(*self.graph.values())}
-        self.arrays = {k: a for k, a in self.arrays.items() if k in used}
+        used = dict.fromkeys((*self.graph, *free_names(*self.graph.values())))  # in the order of a skeleton's `reads`
+        self.arrays = {k: self.arrays[k] for k in used if k in self.arrays}
         self.table = hoisted
         self.places = _places(table, hoisted, suffix) if hoisted else {}
         self.dtype = min((a.dtype for a in self.arrays.values()), key=lambda d: d.itemsize)
