@@ -149,23 +149,25 @@ class Loss:
     def graph(self, dy: "Expr", *, weighted: bool = False) -> dict[str, "Expr"]:
         """total = k · forward and dx = dy · k · derivative, k being the share of one element in the loss of its row.
 
-        weighted: both times the row's weight w; where that is 0, x is taken to be t, because 0 · inf is not 0.
+        weighted: both times the row's weight w, and 0 where that is 0, because 0 · inf is not 0.
         """
-        k, w, x = name("k"), name("w"), name("x")
-        if weighted:
-            x = apply("where", apply("==", w, number(0)), name("t"), x)
-        forward, derivative = (value(text, given={"x": x}) for text in (self.forward, self.derivative))
+        k, w, forward, derivative = name("k"), name("w"), value(self.forward), value(self.derivative)
         total, share = apply("*", k, forward), apply("*", dy, k)
         if not weighted:
             return {"total": total, "dx": chain(share, derivative)}
-        return {"total": apply("*", w, total), "dx": chain(apply("*", share, w), derivative)}
+        graph = {"total": apply("*", w, total), "dx": chain(apply("*", share, w), derivative)}
+        return {k: apply("where", apply("==", w, number(0)), number(0), e) for k, e in graph.items()}
 
 
+# A factor of 0 takes an infinite x out: 0 · inf is not 0. Beyond 1,000, where exp(x) is infinite, x counts as 1,000 in
+# t * x, because inf - inf is not inf.
 LOSSES: dict[str, Loss] = _rows(
     Loss("mse",             "(x - t) * (x - t)",                                     "2 * (x - t)"),
     Loss("half_mse",        "0.5 * ((x - t) * (x - t))",                             "x - t"),
-    Loss("bce_with_logits", "maximum(x, 0) - x * t + log1p(exp(-abs(x)))",           "sigmoid(x) - t"),
-    Loss("poisson",         "exp(x) - t * x + where(t > 0, t * log(t) - t, 0)",      "exp(x) - t"),
+    Loss("bce_with_logits", "where(where(x > 0, 1, 0) == t, 0, x * (where(x > 0, 1, 0) - t)) + log1p(exp(-abs(x)))",
+                            "sigmoid(x) - t"),
+    Loss("poisson",         "exp(x) - where(t == 0, 0, t * minimum(x, 1000)) + where(t > 0, t * log(t) - t, 0)",
+                            "exp(x) - t"),
 )  # fmt: skip
 
 

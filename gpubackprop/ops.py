@@ -293,7 +293,7 @@ def log_softmax(x: Any, axis: int = -1) -> Tensor:
     (x,) = operands("log_softmax", x)
     axes, top, e, total = _exp_shifted("log_softmax", x, axis)
     reads = {"x": x.buffer, "top": top, "s": total}
-    y = _fill_elementwise("log_softmax", "x - top - log(s)", x, reads, new(x, x.shape))
+    y = _fill_elementwise("log_softmax", "where(x == top, 0, x - top) - log(s)", x, reads, new(x, x.shape))
 
     def backprop(dy: Buffer, grads: Gradients) -> None:
         sums = _reduce("sum", x, dy, axes, new(x, total.shape))

@@ -10,6 +10,8 @@
 // the rows in flight do not fit one (some 10,000 classes, an estimate), that second read is above the floor. As many
 // blocks as the rows need, up to a fixed number; `partials` has one R for each; there is one ticket.
 //
+// x − top is 0 where x is the top, also at infinity, and t · (x − top) is 0 where t is: inf − inf and 0 · inf are NaN.
+//
 // A vector is as wide as the classes divide by: 16 bytes, two elements, or one. Off the boundary of 16 bytes it is read
 // element by element, so that the bits depend on the shape alone.
 #ifndef GPUBACKPROP_SOFTMAX_CROSS_ENTROPY
@@ -49,9 +51,15 @@ DEVICE R over_team(R v, Operation combine, R identity) {
     else return across(v, combine, int(blockDim.x));
 }
 
+// x − top, of x up to top; 0 at the top itself.
+DEVICE R below(R x, R top) { return x == top ? R(0) : x - top; }
+
+// t · shifted, or 0 where t is.
+DEVICE R part(R t, R shifted) { return t == R(0) ? R(0) : t * shifted; }
+
 // ---- targets --------------------------------------------------------------------------------------------------------
 
-// t = 1 in one column and 0 elsewhere, by selection: 0 · −inf is NaN.
+// t = 1 in one column and 0 elsewhere.
 template <bool BLOCK>
 struct Label {
     int at;   // −1 if the label is no class: its loss is infinite, which is reported, and it is never right
@@ -69,7 +77,7 @@ struct Label {
         return t;
     }
     DEVICE R weight(R) const { return R(1); }
-    DEVICE R product(R, R top) const { return logit - top; }
+    DEVICE R product(R, R top) const { return at < 0 ? R(-INFINITY) : below(logit, top); }
 
     // Whether argmax would rather have the x of this column: the first of the largest, NaN being larger than all.
     DEVICE bool beaten(R x, int column) const {
@@ -142,9 +150,9 @@ DEVICE Sums held_row(T* dx, const T* x, const Target& target, R s, int classes, 
     top = over_team<false>(top, Maximum(), R(-INFINITY));
     UNROLL for (int k = 0; k < K && column_of<W>(k) < classes; ++k) {
         UNROLL for (int lane = 0; lane < W; ++lane) {
-            const R shifted = z[k][lane] - top;
+            const R shifted = below(z[k][lane], top);
             weight += t[k][lane];
-            product += t[k][lane] * shifted;
+            product += part(t[k][lane], shifted);
             z[k][lane] = exp(shifted);
             sum += z[k][lane];
         }
@@ -173,21 +181,20 @@ DEVICE Sums streamed_row(T* dx, const T* x, const Target& target, R s, int class
             beaten |= target.beaten(z[lane], column + lane);
             weight += t[lane];
         }
-        const R shift = higher == R(-INFINITY) ? R(0) : higher;  // −inf − −inf would be NaN
-        if (higher != own) sum *= exp(own - shift);
-        UNROLL for (int lane = 0; lane < W; ++lane) sum += exp(z[lane] - shift);
+        if (higher != own) sum *= exp(own - higher);
+        UNROLL for (int lane = 0; lane < W; ++lane) sum += exp(below(z[lane], higher));
         own = higher;
     }
     const R top = over_team<true>(own, Maximum(), R(-INFINITY));
-    sum = over_team<true>(sum * exp(own - top), Add(), R(0));
+    sum = over_team<true>(sum * exp(below(own, top)), Add(), R(0));
     weight = target.weight(weight);
     const R factor = weight / sum;
     for (int column = column_of<W>(0); column < classes; column += step) {
         Vector<W> z = read<W>(x + column, aligned);
         const Vector<W> t = target.template shares<W>(column, aligned);
         UNROLL for (int lane = 0; lane < W; ++lane) {
-            const R shifted = z[lane] - top;
-            product += t[lane] * shifted;
+            const R shifted = below(z[lane], top);
+            product += part(t[lane], shifted);
             z[lane] = Weights::times(s, exp(shifted) * factor - t[lane]);
         }
         write(dx + column, z, aligned);

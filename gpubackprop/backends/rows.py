@@ -34,11 +34,13 @@ def column_sum(x: Array, out: Array, accumulate: bool) -> list[Call]:
 
 def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array, w: Array | None = None) -> list[Call]:
     """total = Σ_rows −w·Σ_k t·log softmax(x), residual = w·((Σt)·softmax(x) − t), w = 1 without weights; rows are
-    shifted by their largest element."""
+    shifted by their largest element, and where t is 0 so is t·log softmax(x), because 0 · inf is not."""
     n, classes = x.shape
     top, row = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
     ones = np.ones((classes, 1), x.dtype)
-    shift: list[Call] = [partial(np.maximum.reduce, x, 1, None, top, True), partial(np.subtract, x, top, residual)]
+    shift: list[Call] = [
+        partial(np.maximum.reduce, x, 1, None, top, True), partial(_below, x, top, residual, np.empty((n, 1), bool)),
+    ]  # fmt: skip
     softmax: list[Call] = [
         partial(np.exp, residual, residual), partial(np.dot, residual, ones, row),
         partial(np.divide, residual, row, residual), partial(np.log, row, row),  # row = log Σ exp(x − top)
@@ -55,13 +57,23 @@ def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array
             *_weighed(residual, w),
         ]  # fmt: skip
     weight, dot, product = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype), np.empty_like(x)
+    bits, counts = product.view(INTEGERS[x.itemsize]), np.empty(x.shape, INTEGERS[x.itemsize])
     return [
-        *shift, partial(np.multiply, target, residual, product), partial(np.dot, product, ones, dot),
+        *shift, partial(np.multiply, target, residual, product),
+        partial(np.not_equal, target, np.zeros((), x.dtype), counts), partial(np.multiply, bits, counts, bits),
+        partial(np.dot, product, ones, dot),
         partial(np.dot, target, ones, weight), *softmax, partial(np.multiply, row, weight, row),
         partial(np.subtract, row, dot, row), *_weighed(row, w), partial(np.add.reduce, row, None, None, total),
         partial(np.multiply, residual, weight, residual), partial(np.subtract, residual, target, residual),
         *_weighed(residual, w),
     ]  # fmt: skip
+
+
+def _below(x: Array, top: Array, out: Array, infinite: Array) -> None:
+    """out = x − top of each row; 0 at the top itself, also where that is infinite."""
+    np.subtract(x, top, out)
+    if np.isinf(top, infinite).any():
+        np.copyto(out, 0, where=np.equal(x, top))
 
 
 def _weighed(x: Array, w: Array | None) -> list[Call]:

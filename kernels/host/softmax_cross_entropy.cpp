@@ -1,6 +1,8 @@
 // Softmax with cross-entropy: loss of a row = w (log Σ exp(x − m) · Σt − Σ t (x − m)), m its largest element, and
 // dx = w · s · (Σt · softmax(x) − t); s = 1, or what a weight of 1 counts for in the mean, times the scale of the loss.
 //
+// x − m is 0 where x is m, also at infinity, and t (x − m) is 0 where t is: inf − inf and 0 · inf are NaN.
+//
 // Steps go over all rows of a piece, so that exp and log have long vectors however few the classes are.
 //
 // job: dx; total; x; labels or rows t; weights w (or 0: w = 1); scratch: losses of the rows, Σ exp of the rows, hits of the pieces; s's two
@@ -31,16 +33,15 @@ struct Softmax {
             R* const to = dx + row * classes;
             R top = from[0];
             for (Index c = 1; c < classes; ++c) top = maximum(from[c], top);
-            LOOP for (Index c = 0; c < classes; ++c) to[c] = from[c] - top;
+            LOOP for (Index c = 0; c < classes; ++c) to[c] = from[c] == top ? R(0) : from[c] - top;
             if constexpr (LABELS) {
                 const Index label = static_cast<const Index*>(target)[row];
                 losses[row] = -to[label];
                 if (tally.correct != nullptr) right += stands_at(from, top, label);
             } else {
                 const R* const t = static_cast<const R*>(target) + row * classes;
-                R weight = 0, dot = 0;
-                for (Index c = 0; c < classes; ++c) weight += t[c], dot += t[c] * to[c];
-                losses[row] = -dot, weights[row - first] = weight;
+                weights[row - first] = sum_of(t, classes);
+                losses[row] = -sum_each(classes, [=](Index c) { return t[c] == R(0) ? R(0) : t[c] * to[c]; });
             }
         }
         return right;

@@ -169,7 +169,7 @@ def test_special_logits_are_the_references(classes, block, dtype):
 @pytest.mark.parametrize("classes, block", [(3, (4, 8, 1)), (100, SMALL_BLOCK)])
 @either_target
 def test_a_special_row_has_the_loss_of_the_reference(kind, classes, block, dtype):
-    """With labels what is not picked counts for nothing; a share of 0 times −∞ is NaN."""
+    """What is not picked counts for nothing: neither with labels nor where a share is 0."""
     x, labels = special(classes, dtype)
     for row, label in zip(x[::2, None], labels[::2, None], strict=True):
         t = label if kind == "labels" else np.eye(classes)[label].astype(arithmetic(dtype))
