@@ -260,8 +260,8 @@ class NativeBackend(NumpyBackend):
         loop, kernel = found
         rows, n = shape[-2:]
         members, height = math.prod(shape[:-2]), max(LEAST_ROWS, GRAIN // n)
-        partials = np.empty((members, -(-rows // height), n), dtype)
-        extents = columns, partials, members, rows, n, height, accumulate
+        blocks = members, -(-rows // height), n
+        extents = columns, np.empty(blocks), np.empty(blocks, dtype), members, rows, n, height, accumulate
         return [Job.of(kernel, *writes.values(), *_inputs(loop, reads), *extents)]
 
     def _sum(

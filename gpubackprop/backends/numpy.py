@@ -29,6 +29,7 @@ from gpubackprop.backends.base import (
     tf32,
     workspace,
 )  # fmt: skip
+from gpubackprop.backends.geometry import reduction_steps
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally, Wide
 from gpubackprop.formulas import apply, describe, free_names, hoist, name
 
@@ -284,18 +285,14 @@ class NumpyBackend:
         """out = kind of x over the axes; see Backend."""
         reduced = tuple(n for i, n in enumerate(x.shape) if i not in axes)
         expect(kind, kind in REDUCTIONS and out.shape == reduced, f"{x.shape} over axes {axes} into {out.shape}")
-
+        expect(kind, x.flags.c_contiguous, f"x of shape {x.shape} is not C-contiguous")
         wide = Wide()
         from_, to = wide.read(x), wide.write(out, accumulate)
-        share = np.array(out.size / max(1, x.size), to.dtype)
-
-        def compute(into: Array) -> None:
-            REDUCTIONS[kind].reduce(from_, axes, None, into)
-            if kind == "mean":
-                np.multiply(into, share, into)
-
-        calls = wide.around(rows.adding(compute, to, accumulate))
-        return _launch(kind, f"{kind} over axes {axes}", {"x": x}, {"out": out}, x.size, calls)
+        into = np.empty_like(to) if accumulate else to
+        calls = _reduction(kind, from_, axes, into)
+        if accumulate:
+            calls.append(partial(np.add, to, into, to))
+        return _launch(kind, f"{kind} over axes {axes}", {"x": x}, {"out": out}, x.size, wide.around(calls))
 
     def gather(self, x: Array, index: Array, out: Array) -> Launch:
         """out[:, i] = x[:, index[i]]; see Backend."""
@@ -495,6 +492,23 @@ def _elementwise(
     inputs = {k: wide.read(a) for k, a in reads.items()}
     outputs = {k: wide.write(a) for k, a in writes.items()}
     return wide.around(chunked.bind(graph, {**inputs, **scalars}, outputs, shape, dtype, workspace(), after))
+
+
+def _reduction(kind: str, x: Array, axes: tuple[int, ...], out: Array) -> list[Call]:
+    """The calls for out = kind of x over the axes."""
+    calls: list[Call] = []
+    size = x.size
+    if kind in ("max", "min") or x.dtype != np.float32 or not x.size:
+        calls.append(partial(REDUCTIONS[kind].reduce, x, axes, None, out))
+    else:
+        steps = reduction_steps(x.shape, axes)
+        for i, (outer, length, inner) in enumerate(steps):
+            sums = out if i == len(steps) - 1 else np.empty(outer * inner, x.dtype)
+            calls += rows.line_sum(x.reshape(outer, length, inner), sums.reshape(outer, inner))
+            x = sums
+    if kind == "mean":
+        calls.append(partial(np.multiply, out, np.array(out.size / max(1, size), out.dtype), out))
+    return calls
 
 
 def _like(source: Array, x: Array) -> Array:

@@ -49,8 +49,12 @@ static inline E* pointer(Index address) {
     return reinterpret_cast<E*>(address);
 }
 
-// Σ values[0 … count), in an order that count alone decides: STRIP sums, then halves of them.
-static inline R sum_of(const R* values, Index count) {
+// Sums, in an order that their count alone decides. A running sum in float drifts as it grows: up to LENGTH values are
+// added up in R, as STRIP sums and then halves of them, and what these come to in double.
+[[maybe_unused]] constexpr Index LENGTH = 256;
+
+// Σ values[0 … count), of up to LENGTH.
+static inline R short_sum(const R* values, Index count) {
     R sums[STRIP] = {};
     Index i = 0;
     for (; i + STRIP <= count; i += STRIP) {
@@ -63,18 +67,27 @@ static inline R sum_of(const R* values, Index count) {
     return sums[0];
 }
 
-[[maybe_unused]] constexpr Index LENGTH = 256;   // values that are there before they are added up
+// Σ values[0 … count).
+static inline R sum_of(const R* values, Index count) {
+    if (count <= LENGTH) return short_sum(values, count);
+    double sum = 0;
+    for (Index at = 0; at < count; at += LENGTH) {
+        sum += double(short_sum(values + at, count - at < LENGTH ? count - at : LENGTH));
+    }
+    return R(sum);
+}
 
-// Σ of `count` values in the same way, of which fill(values, at, n) writes n, those from `at` on, at a time.
+// Σ of `count` values, of which fill(values, at, n) writes n, those from `at` on, at a time.
 template <typename Fill>
 static inline R sum_filled(Index count, const Fill& fill) {
-    R values[LENGTH], sum = 0;
+    R values[LENGTH];
+    double sum = 0;
     for (Index at = 0; at < count; at += LENGTH) {
         const Index n = count - at < LENGTH ? count - at : LENGTH;
         fill(values, at, n);
-        sum += sum_of(values, n);
+        sum += double(short_sum(values, n));
     }
-    return sum;
+    return R(sum);
 }
 
 // Σ value(i) for i = 0 … count − 1; value may store what it likes.
