@@ -13,7 +13,7 @@ from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import ACTIVATIONS, KEPT, LOSSES, PASSES, RESULT, Activation, Loss, apply, name, parse
 from gpubackprop.observe import observer
 from gpubackprop.operands import graph, operands, result, share
-from gpubackprop.plan import empty, run
+from gpubackprop.plan import empty, release, run
 from gpubackprop.shapes import reshape
 from gpubackprop.tensor import Tensor
 
@@ -182,10 +182,13 @@ def smoothed(target: Tensor, logits: Tensor, share: float) -> Tensor:
     (Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", section 7)."""
     if target.ndim != 1:
         return target
-    back, classes, dtype = logits.backend, logits.shape[1], arithmetic(logits.dtype)
-    each = back.asarray(((1 - share) * np.eye(classes) + share / classes).astype(dtype)[None])  # a row for every label
-    rows = empty(back, (len(target), classes), dtype)
-    run(rows, lambda: back.gather(each, target.buffer, rows[None]))
+    back, (n, classes), dtype = logits.backend, logits.shape, arithmetic(logits.dtype)
+    label, rows = empty(back, (n, 1), dtype), empty(back, (n, classes), dtype)
+    column, spread = back.asarray(np.arange(classes, dtype=dtype)), float(share) / classes
+    run(label, lambda: back.copy(target.buffer.reshape(n, 1), label))
+    text, reads = f"where(label == column, {1 - float(share) + spread}, {spread})", {"label": label, "column": column}
+    run(rows, lambda: back.elementwise("smoothed labels", graph(text), reads, {RESULT: rows}))
+    release(label)
     return Tensor(rows, back)
 
 

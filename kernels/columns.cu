@@ -6,7 +6,8 @@
 // Operands are (members, rows, columns), or one element; sums is (members, columns), in R. A block takes a member's tile
 // of blockDim.x · LANES columns and every gridDim.y-th group of blockDim.y rows; its sums go to partials (members,
 // gridDim.y, columns), and the last block of a tile to arrive at its ticket, one of (tiles, members), adds those up.
-// Every order is fixed: a thread's rows from the top, then halves of the block, then the same over the partials.
+// Every order is fixed: a thread's rows from the top, what adding them up rounds off beside their sum, then halves of the
+// block, then the same over the partials.
 //
 // Geometry: columns_geometry in geometry.py, from the shape alone. blockDim.y is a power of two; grid (tiles of columns
 // · members, splits of the rows); with one split neither partials nor tickets are touched.
@@ -34,10 +35,10 @@ DEVICE void add_blocks(R* sums, R* partials, Word* tickets, int accumulate, Inde
         if (!last_block(tickets + blockIdx.x, gridDim.y)) return;
         for (int i = thread(); i < height * width; i += threads) {
             const Index column = first + i % width;
-            R sum = 0;
+            R sum = 0, low = 0;
             for (Index split = i / width; column < columns && split < splits; split += height)
-                sum += partials[(member * splits + split) * columns + column];
-            values[i] = sum;
+                add_to(sum, low, partials[(member * splits + split) * columns + column]);
+            values[i] = both(sum, low);
         }
         add_rows(values, height, width);
     }
@@ -65,16 +66,16 @@ DEVICE void ${name}_tile($inner_parameters, R* values) {
     for (int part = 0; part < LANES / W; ++part) {
         // One product: a sum in it, such as blockIdx.x % n is, and NVRTC 13 stores the elements one by one.
         const Index column = ((Index(tile) * (LANES / W) + part) * blockDim.x + threadIdx.x) * W;
-        Vector<W> sum = {};
+        Vector<W> sum = {}, low = {};
         for (Index row = top; column < columns && row < rows; row += down) {
             const Index at = (member * rows + row) * columns + column;
             $loads
             $compute
             $stores
-            UNROLL for (int lane = 0; lane < W; ++lane) sum[lane] += ${key}_[lane];
+            UNROLL for (int lane = 0; lane < W; ++lane) add_to(sum[lane], low[lane], ${key}_[lane]);
         }
         const int place = int((threadIdx.y * (LANES / W) + part) * blockDim.x + threadIdx.x) * W;
-        UNROLL for (int lane = 0; lane < W; ++lane) values[place + lane] = sum[lane];
+        UNROLL for (int lane = 0; lane < W; ++lane) values[place + lane] = both(sum[lane], low[lane]);
     }
 }
 

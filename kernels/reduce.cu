@@ -16,17 +16,32 @@ namespace gpubackprop {
 constexpr int WIDE = LANES * sizeof(T) / sizeof(S);  // elements of 16 bytes
 constexpr int DEPTH = 4;                             // vectors under way together in each thread
 
+// What a thread has combined, lane by lane: the vectors of this sweep, and in two parts those of the sweeps before.
 template <int W, typename Operation>
-DEVICE void combine_lanes(Vector<W>& parts, const Vector<W>& v, Operation combine) {
-    UNROLL for (int lane = 0; lane < W; ++lane) parts[lane] = combine(parts[lane], v[lane]);
-}
+struct Lanes {
+    Operation combine;
+    R identity;
+    Vector<W> now, before, low;
 
-template <int W>
-DEVICE Vector<W> all(R value) {
-    Vector<W> v;
-    UNROLL for (int lane = 0; lane < W; ++lane) v[lane] = value;
-    return v;
-}
+    DEVICE Lanes(Operation combine, R identity) : combine(combine), identity(identity) {
+        UNROLL for (int lane = 0; lane < W; ++lane) now[lane] = before[lane] = identity, low[lane] = 0;
+    }
+    DEVICE void keep() {
+        UNROLL for (int lane = 0; lane < W; ++lane) {
+            combine.append(before[lane], low[lane], now[lane]);
+            now[lane] = identity;
+        }
+    }
+    DEVICE void take(int k, const Vector<W>& v) {  // the k-th of a sweep
+        if (k == 0) keep();
+        UNROLL for (int lane = 0; lane < W; ++lane) now[lane] = combine(now[lane], v[lane]);
+    }
+    DEVICE Vector<W> all() {
+        keep();
+        UNROLL for (int lane = 0; lane < W; ++lane) now[lane] = combine.whole(before[lane], low[lane]);
+        return now;
+    }
+};
 
 // ---- contiguous lines -----------------------------------------------------------------------------------------------
 
@@ -35,14 +50,15 @@ template <bool VECTORS, int W, typename E, typename Operation>
 DEVICE R along(const E* x, Index length, Operation combine, R identity) {
     const Index whole = length / W * W;
     Packed<W, E> v[DEPTH];
-    Vector<W> parts = all<W>(identity);
+    Lanes<W, Operation> lanes(combine, identity);
     sweep<DEPTH, false>(Index(threadIdx.x) * W, Index(blockDim.x) * W, whole,
         [&](int k, Index at) { v[k] = read<VECTORS, W>(x + at, W); },
-        [&](int k, Index) { combine_lanes(parts, values(v[k]), combine); });
+        [&](int k, Index) { lanes.take(k, values(v[k])); });
     UNROLL for (int lane = 0; lane < W - 1; ++lane) {
         const bool mine = whole / W % blockDim.x == threadIdx.x && whole + lane < length;
-        if (mine) parts[lane] = combine(parts[lane], R(x[whole + lane]));
+        if (mine) lanes.now[lane] = combine(lanes.now[lane], R(x[whole + lane]));
     }
+    Vector<W> parts = lanes.all();
     UNROLL for (int lane = 1; lane < W; ++lane) parts[0] = combine(parts[0], parts[lane]);
     return across_team(parts[0], combine, identity);
 }
@@ -69,11 +85,11 @@ DEVICE void reduce_lines(O* out, R* partials, Word* tickets, const S* x, int acc
 template <bool VECTORS, int W, typename E, typename Operation>
 DEVICE Vector<W> downward(const E* x, int left, Index length, Index pitch, Operation combine, R identity) {
     Packed<W, E> v[DEPTH];
-    Vector<W> parts = all<W>(identity);
+    Lanes<W, Operation> lanes(combine, identity);
     sweep<DEPTH, false>(threadIdx.y * pitch, blockDim.y * pitch, length * pitch,
         [&](int k, Index at) { v[k] = read<VECTORS, W>(x + at, left); },
-        [&](int k, Index) { combine_lanes(parts, values(v[k]), combine); });
-    return down(parts, combine);
+        [&](int k, Index) { lanes.take(k, values(v[k])); });
+    return down(lanes.all(), combine);
 }
 
 template <bool VECTORS, typename Operation>

@@ -10,14 +10,29 @@ namespace gpubackprop {
 [[maybe_unused]] constexpr int WARP = 32;
 [[maybe_unused]] constexpr Word ALL = 0xffffffffu;
 
+// sum += v, and low += what that rounds off (Knuth's TwoSum): a running sum in float drifts as it grows, the two do not.
+DEVICE void add_to(R& sum, R& low, R v) {
+    const R high = sum + v, part = high - sum;
+    low += (sum - (high - part)) + (v - part);
+    sum = high;
+}
+DEVICE R both(R sum, R low) { return low == low ? sum + low : sum; }  // beside an infinite sum low is NaN
+
+// Each combines two values, and a value with all that came before it, which is in two parts.
 struct Add {
     DEVICE R operator()(R a, R b) const { return a + b; }
+    DEVICE void append(R& sum, R& low, R v) const { add_to(sum, low, v); }
+    DEVICE R whole(R sum, R low) const { return both(sum, low); }
 };
 struct Maximum {
     DEVICE R operator()(R a, R b) const { return maximum(a, b); }
+    DEVICE void append(R& top, R&, R v) const { top = maximum(top, v); }
+    DEVICE R whole(R top, R) const { return top; }
 };
 struct Minimum {
     DEVICE R operator()(R a, R b) const { return minimum(a, b); }
+    DEVICE void append(R& least, R&, R v) const { least = minimum(least, v); }
+    DEVICE R whole(R least, R) const { return least; }
 };
 
 // This thread's number in its block.
@@ -61,19 +76,17 @@ DEVICE bool across_grid(R& v, R* partials, Word* ticket) {
     v = across_block(v, Add(), R(0));
     if (thread() == 0) partials[blockIdx.x] = v;
     if (!last_block(ticket, gridDim.x)) return false;
-    v = 0;
-    ROLLED for (int i = thread(); i < int(gridDim.x); i += int(blockDim.x * blockDim.y)) v += partials[i];
-    v = across_block(v, Add(), R(0));
+    R sum = 0, low = 0;
+    ROLLED for (int i = thread(); i < int(gridDim.x); i += int(blockDim.x * blockDim.y)) add_to(sum, low, partials[i]);
+    v = across_block(both(sum, low), Add(), R(0));
     return true;
 }
 
 // What a training step adds up on the device. One thread calls it, once a step.
-// loss: a sum in two parts, high and low, as exact as twice the bits (Knuth's TwoSum); events: the first bad step (0:
-// none), and the rows right, which others count; state: see feed.cu.
+// loss: a sum in two parts, high and low, as exact as twice the bits; events: the first bad step (0: none), and the rows
+// right, which others count; state: see feed.cu.
 DEVICE void tally(R* loss, Index* events, const Index* state, R total) {
-    const R high = loss[0] + total, part = high - loss[0];
-    loss[1] += (loss[0] - (high - part)) + (total - part);
-    loss[0] = high;
+    add_to(loss[0], loss[1], total);
     if (events[0] == 0 && !(abs(total) < R(INFINITY))) events[0] = state[2] + state[0];
 }
 

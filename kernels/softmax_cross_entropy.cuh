@@ -208,6 +208,7 @@ template <bool BLOCK, int W, template <bool> class Target, typename Given, typen
 DEVICE Sums by_row(T* __restrict__ dx, const T* __restrict__ x, const Given* __restrict__ target,
         const Weights& weights, R s, Index rows, int classes, bool aligned) {
     Sums sums = {0, 0};
+    R low = 0;
     for (Index top = blockIdx.x * Index(blockDim.y); top < rows; top += gridDim.x * Index(blockDim.y)) {
         // A team without a row takes part in its warp's shuffles: it has row 0, but no column of it.
         const bool idle = top + threadIdx.y >= rows;
@@ -219,9 +220,10 @@ DEVICE Sums by_row(T* __restrict__ dx, const T* __restrict__ x, const Given* __r
         if constexpr (BLOCK) of_row = streamed_row<W, Weights>(dx + at, x + at, t, w * s, end, aligned);
         else of_row = held_row<W, Weights>(dx + at, x + at, t, w * s, end, aligned);
         if (threadIdx.x > 0 || idle) continue;
-        sums.loss += Weights::times(w, of_row.loss);
+        add_to(sums.loss, low, Weights::times(w, of_row.loss));
         sums.right += of_row.right;
     }
+    sums.loss = both(sums.loss, low);
     return sums;
 }
 

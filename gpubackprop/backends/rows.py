@@ -68,12 +68,11 @@ def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array
     shifted by their largest element, and where t is 0 so is t·log softmax(x), because 0 · inf is not."""
     n, classes = x.shape
     top, row = np.empty((n, 1), x.dtype), np.empty((n, 1), x.dtype)
-    ones = np.ones((classes, 1), x.dtype)
     shift: list[Call] = [
         partial(np.maximum.reduce, x, 1, None, top, True), partial(_below, x, top, residual, np.empty((n, 1), bool)),
     ]  # fmt: skip
     softmax: list[Call] = [
-        partial(np.exp, residual, residual), partial(np.dot, residual, ones, row),
+        partial(np.exp, residual, residual), _row_sum(residual, row),
         partial(np.divide, residual, row, residual), partial(np.log, row, row),  # row = log Σ exp(x − top)
     ]  # fmt: skip
     if target.ndim == 1:
@@ -92,12 +91,18 @@ def softmax_cross_entropy(x: Array, target: Array, residual: Array, total: Array
     return [
         *shift, partial(np.multiply, target, residual, product),
         partial(np.not_equal, target, np.zeros((), x.dtype), counts), partial(np.multiply, bits, counts, bits),
-        partial(np.dot, product, ones, dot),
-        partial(np.dot, target, ones, weight), *softmax, partial(np.multiply, row, weight, row),
+        _row_sum(product, dot), _row_sum(target, weight), *softmax, partial(np.multiply, row, weight, row),
         partial(np.subtract, row, dot, row), *_weighed(row, w), partial(np.add.reduce, row, None, None, total),
         partial(np.multiply, residual, weight, residual), partial(np.subtract, residual, target, residual),
         *_weighed(residual, w),
     ]  # fmt: skip
+
+
+def _row_sum(x: Array, out: Array) -> Call:
+    """out (rows, 1) = Σ_columns x: as x @ ones where that does not drift, which is faster; else in pairs."""
+    if x.shape[1] > 4 * RUN:
+        return partial(np.add.reduce, x, 1, None, out, True)
+    return partial(np.dot, x, np.ones((x.shape[1], 1), x.dtype), out)
 
 
 def _below(x: Array, top: Array, out: Array, infinite: Array) -> None:
