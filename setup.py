@@ -1,6 +1,7 @@
-"""The optional native library: formulas compiled for the host, once for each instruction set.
+"""What pyproject.toml cannot say: the folders that ship inside the package, and the optional native library.
 
-Without a compiler the install succeeds and NumPy alone serves; with GPUBACKPROP_REQUIRE_NATIVE=1 that is an error.
+The library holds the formulas compiled for the host, once for each instruction set. Without a compiler the install
+succeeds and NumPy alone serves; with GPUBACKPROP_REQUIRE_NATIVE=1 that is an error.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 OPTIONS = [
@@ -34,6 +36,38 @@ def host() -> ModuleType:
 
 GENERATOR = host()
 DIGEST = GENERATOR.digest()
+SHIPPED = {  # by the name that they have inside the package; a checkout uses them where they are
+    "_kernels": ("kernels", ["*.cu", "*.cuh", "*.csv", "host/*.cpp", "host/*.h"]),
+    "_benchmarks": ("benchmarks", ["*.py", "peers/*.py"]),
+}
+
+
+class Package(build_py):
+    """Ships kernels/ and benchmarks/ inside the package."""
+
+    def shipped(self) -> dict[str, str]:
+        """Files of the build folder, and what each is a copy of."""
+        found = {}
+        for name, (folder, patterns) in SHIPPED.items() if not self.editable_mode else ():
+            target = Path(self.build_lib, "gpubackprop", name)
+            for path in sorted(path for pattern in patterns for path in Path(folder).glob(pattern)):
+                found[str(target / path.relative_to(folder))] = str(path)
+        return found
+
+    def run(self) -> None:
+        super().run()
+        for target, source in self.shipped().items():
+            self.mkpath(str(Path(target).parent))
+            self.copy_file(source, target, preserve_mode=False)
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *self.shipped().values()]
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        return [*super().get_outputs(include_bytecode), *self.shipped()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return super().get_output_mapping() | self.shipped()
 
 
 class Build(build_ext):
@@ -67,7 +101,7 @@ class Build(build_ext):
 machine = platform.machine()
 sets = {"base": []} | (GENERATOR.INSTRUCTION_SETS if machine in ("x86_64", "AMD64") else {})
 setup(
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_py": Package, "build_ext": Build},
     ext_modules=[
         Extension(
             f"gpubackprop.backends._native_{name}", [], include_dirs=["kernels", "kernels/host"], language="c++",

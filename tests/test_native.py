@@ -234,7 +234,7 @@ def test_a_forked_child_has_a_pool_of_its_own():
     code = """
 import os, warnings
 warnings.simplefilter("ignore")
-import tests.test_native as t
+import test_native as t
 t.native.library().use_cores(3)
 assert t.big(0)
 children = []
@@ -245,8 +245,9 @@ for i in range(3):
 assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
 assert t.big(9)
 """
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    path = os.pathsep.join(map(str, Path(__file__).parents[:2]))
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

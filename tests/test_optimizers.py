@@ -424,7 +424,7 @@ def test_seed_28_weights_follow_the_stored_path_of_torch(name, rng):
 @pytest.mark.parametrize("name", PATHS["paths"])
 def test_seed_28_weights_follow_torch(name, rng):
     pytest.importorskip("torch", reason="torch is not installed")
-    from tests.torch_paths import path_of
+    from torch_paths import path_of
 
     _, x, t, _ = net_case(rng)
     assert following(RULES[name][0], path_of(RULES[name][0], x, t), x, t) <= 1e-12

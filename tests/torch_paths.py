@@ -1,6 +1,6 @@
 """PyTorch's optimizers on a small network: the paths of weights that ours are compared with.
 
-`python -m tests.torch_paths` writes data/torch_paths.json anew, with torch's version.
+`python tests/torch_paths.py` writes data/torch_paths.json anew, with torch's version.
 """
 
 import json
@@ -61,8 +61,7 @@ def _path(torch, optimizer, x, t):
 
 def main():
     import torch
-
-    from tests.test_optimizers import RULES, net_case
+    from test_optimizers import RULES, net_case
 
     ours = ("lookahead", "seed", "inside", "hat", "lion")  # what torch does not have
     names = [name for name in RULES if not any(word in name for word in ours)]
