@@ -7,12 +7,14 @@ printed in its place, and the pictures that were saved.
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 __all__ = ["PAGES", "Block", "blocks", "run", "shown"]
 
@@ -50,7 +52,7 @@ def run(page: Path, folder: Path) -> list[str]:
     something else than the page says."""
     names: dict[str, Any] = {"__name__": "__main__"}
     printed = []
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), mock.patch.dict(os.environ, COLUMNS="100"):
         for block in blocks(page):
             said = io.StringIO()
             source = compile("\n" * (block.line - 1) + block.code, str(page), "exec")

@@ -120,6 +120,10 @@ class Arena:
                 backend.write(p.buffer, value)
             p.value = p.grad_buffer = None
 
+    def __repr__(self) -> str:
+        named = ", ".join(f"{key} {p.shape}" for key, p in self.parameters.items())
+        return f"Arena({named or 'no parameters'}; {self.dtype} on {self.backend.device})"
+
     def zeros(self) -> Buffer:
         """A zeroed buffer with the arena's layout."""
         buffer = self.backend.empty((1, self.size), self.dtype)

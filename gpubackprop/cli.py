@@ -227,16 +227,18 @@ def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
 @click.option("--sizes", help="Instead of a MODEL: columns, hidden units and outputs of a new network, between commas.")
 @console.options("activation", "dropout", "optimizer", "batch_size", "dtype", "precision", "clip_norm", "device")
 @click.option("--gpu", type=click.Choice(list(roofline.GPUS)), help="Add a roofline model of this GPU.")
+@click.option("--wide", is_flag=True, help="A line for each launch, however long.")
 @click.option("--out", metavar="FILE", help="Draw the step too: an .svg, .png or .pdf file.")
 @console.force
 def explain(
-    model: str | None, sizes: str | None, batch_size: int, device: str, gpu: str | None, out: str | None, force: bool,
-    **settings: Any,
+    model: str | None, sizes: str | None, batch_size: int, device: str, gpu: str | None, wide: bool, out: str | None,
+    force: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Print a training step as the table of its launches, and draw it.
 
-    Each has its equation, the shapes it reads and writes, its flops and bytes; nothing is trained. Without MODEL and
-    --sizes it is the step of `gpubackprop train digits`. --activation, --dropout and --dtype describe a new network; a
+    Each has its equation, the shapes it reads and writes, its flops and bytes; nothing is trained. The table fits the
+    terminal; with --wide, or into a file or a pipe, a launch has one line. Without MODEL and --sizes it is the step of
+    `gpubackprop train digits`. --activation, --dropout and --dtype describe a new network; a
     saved one has its own. A step for CUDA is planned without a GPU too; beneath it stand its launches, and its bytes
     beside the least that they could be.
 
@@ -271,7 +273,7 @@ def explain(
         plan.title = f"planned without a GPU ({reason}): {plan.title}"
     if out:
         cli_plot.save_plan(plan, gpu, trainer.precision.name, out, force)
-    console.show(str(plan))
+    console.show(plan.table(wide=wide))
     if plan.backend.device.startswith("cuda"):
         console.show(f"launches eager: {roofline.launches(plan)}; with a CUDA graph: 1")
         for part, moved in roofline.traffic(plan).items():

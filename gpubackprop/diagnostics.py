@@ -17,6 +17,7 @@ from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, is_on_device
 from gpubackprop.checks import whole
+from gpubackprop.columns import Shown
 from gpubackprop.formulas import ACTIVATIONS, Activation
 from gpubackprop.layers import Dense
 from gpubackprop.model import Layer, training
@@ -159,8 +160,8 @@ def sensitivity(trainer: Trainer, x: Any, y: Any, layer: str | int) -> Any:
 # ---- one weight ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class WeightGradient:
+@dataclass(eq=False, repr=False)
+class WeightGradient(Shown):
     """∂L/∂w of one weight from unit i to unit j, as the sum over the rows of tail activation × head delta."""
 
     name: str
@@ -175,7 +176,7 @@ class WeightGradient:
         """Each row's share of the gradient."""
         return self.tail * self.head
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
         products, total = self.products, float(self.products.sum())
         a, d = f"a[{self.i}]", f"δ[{self.j}]"
         lines = [f"∂L/∂{self.name}[{self.i}, {self.j}] = Σ {a} · {d} over {len(products)} rows = {total:.6g}"]
@@ -186,7 +187,7 @@ class WeightGradient:
             lines.append(f"{a} is 0 in {zeros[0]} rows and {d} in {zeros[1]}: these rows add nothing")
         for row in np.argsort(-np.abs(products), kind="stable")[:3]:
             lines.append(f"row {row}: {self.tail[row]:.6g} · {self.head[row]:.6g} = {products[row]:.6g}")
-        return "\n".join(lines)
+        return lines
 
 
 def explain_weight(trainer: Trainer, x: Any, y: Any, layer: str | int, i: int, j: int) -> WeightGradient:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import interval, whole
+from gpubackprop.columns import Shown
 from gpubackprop.data import as_seed
 from gpubackprop.model import Layer
 from gpubackprop.threads import exclusive
@@ -21,8 +22,8 @@ Floats = npt.NDArray[np.float64]
 MOST_POINTS = 1_000_000
 
 
-@dataclass(eq=False)
-class Guesses:
+@dataclass(eq=False, repr=False)
+class Guesses(Shown):
     """The loss of each guess, in order."""
 
     losses: Floats
@@ -37,9 +38,9 @@ class Guesses:
         """The least loss."""
         return float(self.losses.min())
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
         middle = float(np.median(self.losses))
-        return f"{self.evaluations:,} guesses: the least loss is {self.best:.6g}, the median {middle:.6g}"
+        return [f"{self.evaluations:,} guesses: the least loss is {self.best:.6g}, the median {middle:.6g}"]
 
 
 @exclusive

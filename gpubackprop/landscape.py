@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from gpubackprop.arena import Parameter
 from gpubackprop.checks import interval, number, whole
+from gpubackprop.columns import Shown
 from gpubackprop.datasets import regression7
 from gpubackprop.diagnostics import copied
 from gpubackprop.initializers import draw
@@ -155,8 +156,8 @@ def steps_until(path: Floats, condition: Callable[[Floats], Any]) -> int | None:
 # ---- surfaces ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)  # arrays have no one equality
-class Surface:
+@dataclass(frozen=True, eq=False, repr=False)  # arrays have no one equality
+class Surface(Shown):
     """A function's values over a grid: first (n,) and second (m,), values (m, n), and what the axes are called."""
 
     first: Floats
@@ -170,6 +171,12 @@ class Surface:
         least = np.where(np.isfinite(self.values), self.values, np.inf).argmin()
         row, column = np.unravel_index(least, self.values.shape)
         return float(self.first[column]), float(self.second[row]), float(self.values[row, column])
+
+    def parts(self) -> list[str]:
+        axes = zip(self.names, (self.first, self.second), strict=True)
+        named = " and ".join(f"{name} from {a[0]:g} to {a[-1]:g} in {len(a)} points" for name, a in axes)
+        first, second, value = self.lowest
+        return [f"surface over {named}; least {value:.6g} at ({first:g}, {second:g})"]
 
 
 def surface(

@@ -41,6 +41,10 @@ class Moments:
         self.scalars = self._scalars()
         self.powers = {n[:-2] for e, _ in self.scalars.values() for n in free_names(e) if n.endswith("_t")}
 
+    def __repr__(self) -> str:
+        kept = ", ".join(self.moments) or "nothing"
+        return f"{type(self).__name__}({self.optimizer!r} keeps {kept} for {self.arena!r})"
+
     def _scalars(self) -> dict[str, tuple[Expr, int]]:
         """The columns of the step table: for each part every expression of scalars alone, and the part's number."""
         graphs = (self.rule.graph(before=before, general=True) for before in (True, False))

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends.base import Buffer, Launch, is_on_device
+from gpubackprop.columns import Shown
 from gpubackprop.diagnostics import copied
 from gpubackprop.plan import running
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -16,8 +17,8 @@ from gpubackprop.trainer import Trainer, TrainingDiverged
 __all__ = ["BadLaunch", "find_nan"]
 
 
-@dataclass(eq=False)
-class BadLaunch:
+@dataclass(eq=False, repr=False)
+class BadLaunch(Shown):
     """The first launch that wrote a NaN or an infinity."""
 
     epoch: int
@@ -30,13 +31,13 @@ class BadLaunch:
     inputs_finite: bool  # whether all that it read was finite
     weights: tuple[str, ...]  # the parameters that were not finite before it ran
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
         of = f" of layer {self.layer!r}" if self.layer else ""
         made = f"{self.nans} NaN and {self.infinities} infinite values"
         read = "what it read was finite" if self.inputs_finite else "not all that it read was finite"
         held = f", such as {', '.join(self.weights)}" if self.weights else ""
         what = f" ({self.what.splitlines()[0]})" if self.what else ""
-        return f"epoch {self.epoch}, step {self.step}: {self.name}{of}{what} wrote {made}; {read}{held}"
+        return [f"epoch {self.epoch}, step {self.step}: {self.name}{of}{what} wrote {made}; {read}{held}"]
 
 
 class _Found(Exception):

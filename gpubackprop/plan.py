@@ -3,22 +3,32 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from itertools import zip_longest
 from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gpubackprop.backends.base import Backend, Buffer, Launch, Workspace, is_on_device, setting, use_workspace
+from gpubackprop.backends.base import (
+    Backend,
+    Buffer,
+    Launch,
+    Workspace,
+    is_on_device,
+    setting,
+    shapes_of,
+    use_workspace,
+)
+from gpubackprop.columns import Grid, Shown, brief, line_width, table
 from gpubackprop.observe import observing
 
 __all__ = [
     "Plan",
-    "aligned",
     "allocation",
     "current_layer",
     "empty",
@@ -29,6 +39,9 @@ __all__ = [
     "running",
     "within",
 ]
+
+NARROW_HEAD = ("layer", "launch", "computes, reads → writes", "flops", "bytes")
+MOST_IN_FULL = 10**6  # operations or bytes; above it a narrow table has prefixes
 
 _current: ContextVar["Plan | None"] = ContextVar("plan", default=None)
 _layer: ContextVar[str] = ContextVar("layer", default="")
@@ -78,7 +91,7 @@ def release(buffer: Buffer) -> None:
         plan.release(buffer)
 
 
-class Plan:
+class Plan(Shown):
     """Named sections of launches over fixed buffers, recorded once and replayed without checks or allocation.
 
     `with plan.record("gradient"):` keeps every launch made inside (this thread only); `plan.replay("gradient")` runs
@@ -186,17 +199,32 @@ class Plan:
         return sum(int(b.nbytes) for b in held(self.sections, self._pool, self._ready, *self.space.scratch.values()))
 
     def __str__(self) -> str:
+        return self.table()
+
+    def table(self, *, wide: bool = False) -> str:
+        """The launches as a table, which `print(plan)` shows too.
+
+        It fits the terminal (or $COLUMNS, at least 80): shapes stand behind the equations, or beneath them, and long
+        ones go on in the next line. With wide=True, and where stdout is a file or a pipe, every launch has one line.
+        """
+        width = None if wide else line_width()
+        if width is None or max(map(len, full := super().__str__().splitlines())) <= width:
+            return super().__str__()
+        return "\n".join([*_wrapped(full[0], width), *_fitted(self, width).lines])
+
+    def parts(self) -> Iterable[str | Grid]:
         rows: list[tuple[str, ...]] = [("", "layer", "launch", "computes", "reads", "writes", "flops", "bytes")]
         for section, launches in self.sections.items():
             for i, launch in enumerate(launches):
                 first, *more = launch.what.splitlines()
-                rows.append((section if i == 0 else "", launch.layer, launch.name, first, _shapes(launch.reads),
-                             _shapes(launch.writes), f"{launch.flops:,}", f"{launch.bytes:,}"))  # fmt: skip
+                rows.append((section if i == 0 else "", launch.layer, launch.name, first, shapes_of(launch.reads),
+                             shapes_of(launch.writes), f"{launch.flops:,}", f"{launch.bytes:,}"))  # fmt: skip
                 rows += [("", "", "", line, "", "", "", "") for line in more]
         rows.append(("total", "", f"{len(self.launches)} launches", "", "", "", f"{self.flops:,}", f"{self.bytes:,}"))
-        title = f"{self.title} on {self.backend.device}, {self.bytes_resident:,} bytes resident"
-        *lines, total = aligned(rows, 2)
-        return "\n".join([title, *lines, lines[1], total])
+        return [
+            f"{self.title} on {self.backend.device}, {self.bytes_resident:,} bytes resident",
+            table(rows, 2, total=True),
+        ]
 
     def profile(self, repeats: int = 20) -> list[tuple[Launch, float]]:
         """Each launch with its median time in seconds; what the launches write is put back afterwards."""
@@ -246,13 +274,43 @@ def allocation(buffer: Buffer) -> Buffer:
     return owner
 
 
-def _shapes(buffers: tuple[Buffer, ...]) -> str:
-    return " ".join("×".join(map(str, b.shape)) or "1" for b in buffers)
+def _wrapped(text: str, width: int) -> list[str]:
+    import textwrap  # costs a millisecond
+
+    return textwrap.wrap(text, width)
 
 
-def aligned(rows: Sequence[Sequence[str]], numbers: int) -> list[str]:
-    """The rows as lines, with a rule beneath the first; the last so many columns are set to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    justify = [str.ljust] * (len(widths) - numbers) + [str.rjust] * numbers
-    lines = ["  ".join(j(c, w) for j, c, w in zip(justify, r, widths, strict=True)) for r in rows]
-    return [lines[0], "  ".join("─" * w for w in widths), *lines[1:]]
+def _fitted(plan: Plan, width: int) -> Grid:
+    """The table at that width: each section has a line of its own, and shapes share the column of the equations."""
+    exact, total = max(plan.flops, plan.bytes) < MOST_IN_FULL, f"{len(plan.launches)} launches"
+    counts = [(n.flops, n.bytes) for n in plan.launches] + [(plan.flops, plan.bytes)]
+    figures = [[f"{count:,}" if exact else brief(count, "").strip() for count in pair] for pair in counts]
+    first = max(len(path) for path in ("total", *plan.sections, *("  " + n.layer for n in plan.launches)))
+    second = max(len(name) for name in (total, *(launch.name for launch in plan.launches)))
+    left = min(first, width // 8), min(second, width // 4 + 4)
+    right = [max(map(len, column)) for column in zip(*figures, strict=True)]
+    room = max(width - sum((*left, *right)) - 2 * 4, len(NARROW_HEAD[2]))
+    rows: list[tuple[str, ...]] = [NARROW_HEAD]
+    following = iter(figures)
+    for section, launches in plan.sections.items():
+        rows += [(section, "", "", "", "")] * bool(launches)
+        for launch in launches:
+            path = [f"  {line}" for line in _wrapped(launch.layer, left[0] - 2)]
+            cells = (
+                path,
+                _wrapped(launch.name, left[1]),
+                _equation(launch, room),
+                *([figure] for figure in next(following)),
+            )
+            rows += zip_longest(*cells, fillvalue="")
+    return table([*rows, ("total", total, "", *figures[-1])], 2, total=True)
+
+
+def _equation(launch: Launch, room: int) -> list[str]:
+    """What the launch computes, and to the right, in the last line if there is room, the shapes that it reads and
+    writes."""
+    lines = [line for text in launch.what.splitlines() for line in _wrapped(text, room)]
+    shapes = _wrapped(f"{shapes_of(launch.reads)} → {shapes_of(launch.writes)}", room)
+    if lines and len(shapes) == 1 and len(lines[-1]) + 2 + len(shapes[0]) <= room:
+        return [*lines[:-1], lines[-1] + shapes[0].rjust(room - len(lines[-1]))]
+    return lines + [line.rjust(room) for line in shapes]

@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -78,17 +79,28 @@ class Interrupts:
             self.deliver()
 
 
+def in_notebook() -> bool:
+    """Whether this runs in a notebook, whose kernel shows what is written to stderr and its widgets."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ())
+
+
 class Bar:
-    """A tqdm bar over samples with the loss, refreshed at most twice a second; only if asked for or on a terminal."""
+    """A tqdm bar over samples with the figures, refreshed at most twice a second; only if asked for, on a terminal or
+    in a notebook. At the end a line with the last epoch's figures stays."""
 
     def __init__(self, show: bool | None, epochs: int, rows: int, first_epoch: int) -> None:
         self._bar: Any = None
         self._next = 0.0
         self._epoch, self._rows, self._seen = first_epoch, rows, 0
-        if show or (show is None and sys.stderr is not None and sys.stderr.isatty()):
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=epochs * rows, unit=" samples", unit_scale=True, dynamic_ncols=True, leave=False)
+        self._figures = ""  # of the last epoch
+        notebook = show is not False and in_notebook()
+        if show or (show is None and (notebook or (sys.stderr is not None and sys.stderr.isatty()))):
+            self._bar = _tqdm(notebook)(
+                total=epochs * rows, unit=" samples", unit_scale=True, dynamic_ncols=True, leave=notebook,
+                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}" if notebook else
+                "{percentage:3.0f}%|{bar:10}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
+            )  # fmt: skip
 
     @property
     def shown(self) -> bool:
@@ -100,11 +112,12 @@ class Bar:
         return time.perf_counter() >= self._next
 
     def advance(self, seen: int, loss: float) -> None:
-        """Show that `seen` rows of the epoch are done."""
+        """Show that `seen` rows of the epoch are done, with their loss, and the epoch before."""
         self._next = time.perf_counter() + 0.5
         self._bar.update(seen - self._seen)
         self._seen = seen
-        self._bar.set_postfix_str(f"epoch {self._epoch + 1}, loss {loss:.4g}")
+        before = f"; {self._figures}" if self._figures else ""
+        self._bar.set_postfix_str(f"epoch {self._epoch + 1}: loss {loss:.4g}{before}")
 
     def epoch(self, figures: Mapping[str, float]) -> None:
         """Show an epoch's figures."""
@@ -112,7 +125,8 @@ class Bar:
         if self.shown:
             self._bar.update(self._rows - self._seen)
             self._seen = 0
-            self._bar.set_postfix_str(f"epoch {self._epoch}, " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+            self._figures = f"epoch {self._epoch}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
+            self._bar.set_postfix_str(self._figures)
 
     def __enter__(self) -> "Bar":
         return self
@@ -120,3 +134,19 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         if self.shown:
             self._bar.close()
+            if self._figures and not self._bar.leave:
+                seconds = self._bar.format_interval(self._bar.format_dict["elapsed"])
+                self._bar.write(f"{self._figures} ({seconds})", file=sys.stderr)
+
+
+def _tqdm(notebook: bool) -> Any:
+    """tqdm's bar for the place; its own choice is for notebooks alone, because it imports asyncio."""
+    if not notebook:
+        from tqdm import tqdm
+
+        return tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # without ipywidgets it writes text, and says so
+        from tqdm.auto import tqdm as chosen
+
+    return chosen

@@ -1,7 +1,7 @@
 """The learning-rate range test: how the loss of a copy of a trainer goes while its learning rate rises."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import interval, whole
-from gpubackprop.columns import Columns
+from gpubackprop.columns import Columns, Grid, Shown
 from gpubackprop.data import check_same_length
 from gpubackprop.diagnostics import copied
 from gpubackprop.holdout import take
@@ -23,8 +23,8 @@ MEMORY = 0.9  # of the running mean that smooths the losses
 BLOWN_UP = 4.0  # times the least smoothed loss
 
 
-@dataclass(frozen=True)
-class RangeTest:
+@dataclass(frozen=True, repr=False)
+class RangeTest(Shown):
     """Learning rates, the loss of a batch before the update with each, and the loss smoothed."""
 
     lr: Floats
@@ -39,9 +39,9 @@ class RangeTest:
         fall = np.gradient(self.smoothed, np.log(self.lr))
         return float(self.lr[: int(self.smoothed.argmin()) + 1][fall[: int(self.smoothed.argmin()) + 1].argmin()])
 
-    def __str__(self) -> str:
+    def parts(self) -> Iterable[str | Grid]:
         table = Columns({f.name: getattr(self, f.name).tolist() for f in fields(self)})
-        return f"{table}\nthe loss falls fastest at lr = {self.suggestion:.2g}"
+        return [*table.parts(), f"the loss falls fastest at lr = {self.suggestion:.2g}"]
 
 
 def lr_range_test(

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from gpubackprop import ops
 from gpubackprop.backends.base import Buffer
+from gpubackprop.columns import Grid, Shown, table
 from gpubackprop.diagnostics import Observed, Site, gradient_at, observed
 from gpubackprop.formulas import KEPT, Activation, evaluate
-from gpubackprop.plan import aligned
 from gpubackprop.tensor import Tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
@@ -47,8 +47,8 @@ REMEDIES = {  # by verdict, the gravest first
 }
 
 
-@dataclass(eq=False)
-class LayerReport:
+@dataclass(eq=False, repr=False)
+class LayerReport(Shown):
     """One layer, or an activation in the forward of a layer of one's own; scales are root mean squares."""
 
     name: str
@@ -71,9 +71,13 @@ class LayerReport:
         """What to try."""
         return REMEDIES[self.verdict]
 
+    def parts(self) -> Iterable[str | Grid]:
+        note = [self.why] if self.why else []
+        return [table([_COLUMNS, _cells(self)], len(_COLUMNS) - 3), *note, f"{self.verdict}: {self.advice}"]
 
-@dataclass(eq=False)
-class GradientReport:
+
+@dataclass(eq=False, repr=False)
+class GradientReport(Shown):
     """What one training step looks like from inside, layer by layer; `print` it."""
 
     loss: float
@@ -106,14 +110,13 @@ class GradientReport:
             )
         return "\n".join(lines) or f"healthy: {REMEDIES['healthy']}"
 
-    def __str__(self) -> str:
+    def parts(self) -> Iterable[str | Grid]:
         rows = [_COLUMNS, *map(_cells, self.layers)]
         title = f"loss {self.loss:.6g} over {self.rows} rows; root mean squares, updates as shares of the weights"
         notes = [
             f"layer {row.name}: {note}" for row in self.layers for note in (row.why, _listed(row, self.rows)) if note
         ]
-        table = (line.rstrip() for line in aligned(rows, len(_COLUMNS) - 3))
-        return "\n".join([title, *table, *notes, self.advice])
+        return [title, table(rows, len(_COLUMNS) - 3), *notes, self.advice]
 
 
 _COLUMNS = ("layer", "", "verdict", "preact", "postact", "delta_pre", "delta_post", "gradient", "update", "saturated",

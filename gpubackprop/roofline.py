@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpubackprop.backends.base import Launch
+from gpubackprop.columns import Shown
 from gpubackprop.formulas import LOSSES, RULES
 from gpubackprop.plan import Plan
 
@@ -44,8 +45,8 @@ def floor(launch: Launch) -> int:
     return int(arrays * main.nbytes + sum(b.nbytes for b in copies))
 
 
-@dataclass(frozen=True)
-class Traffic:
+@dataclass(frozen=True, repr=False)
+class Traffic(Shown):
     """Bytes that launches move, and the fewest they could."""
 
     bytes: int
@@ -56,8 +57,8 @@ class Traffic:
         """How many times the fewest; 1 where nothing need move."""
         return self.bytes / self.floor if self.floor else 1.0
 
-    def __str__(self) -> str:
-        return f"{self.bytes:,} bytes, {self.ratio:.2f} of the least"
+    def parts(self) -> list[str]:
+        return [f"{self.bytes:,} bytes, {self.ratio:.2f} of the least"]
 
 
 def traffic(plan: Plan) -> dict[str, Traffic]:

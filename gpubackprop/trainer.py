@@ -17,6 +17,7 @@ from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.callbacks import Callback, EarlyStopping, around
 from gpubackprop.checks import flag, number, whole
+from gpubackprop.columns import History
 from gpubackprop.data import as_features, by_name, check_same_length, column_names
 from gpubackprop.device_data import check_one_place, on_device, taken
 from gpubackprop.layers import edges
@@ -42,7 +43,6 @@ from gpubackprop.threads import exclusive, trains, using
 __all__ = ["Trainer", "TrainingDiverged"]
 
 Array = npt.NDArray[Any]
-History = dict[str, list[float]]
 Order = Callable[[int], Any]
 Names = tuple[str, ...] | None
 KEPT_STEPS = 8
@@ -121,7 +121,7 @@ class Trainer:
             _limit("clip_value", clip_value, master), whole("Trainer", "accumulate", accumulate), self.seed,
         )  # fmt: skip
         self.cuda_graph = flag("Trainer", "cuda_graph", cuda_graph)
-        self.history: History = {}
+        self.history = History()
         self.epoch = self.step = 0  # step: updates made
         self._batches = self._begun = 0  # batches seen; the update that this rule began with
         if not any(p.trainable for p in model.named_parameters().values()):
@@ -236,7 +236,7 @@ class Trainer:
         sample_weight: Any = None, class_weight: Mapping[Any, float] | str | None = None,
     ) -> History:  # fmt: skip
         """Train for `epochs` more epochs; returns the history, one float per epoch for loss, metrics and val_… of each,
-        and for the learning rate where it is scheduled.
+        and for the learning rate where it is scheduled: a dict of lists, shown as a table of the last epochs.
 
         With validation data it has gap = val_loss − loss, which grows where a model overfits. The loss of an epoch is
         taken while training, under dropout and over weights that change: at first the gap may well be negative.
@@ -244,9 +244,9 @@ class Trainer:
         The last batch is used at its own size; a batch_size beyond the data uses all of it. `shuffle` may be a function
         of the number of rows that returns their order. After an epoch each callback is called with the trainer, and one
         that returns True stops; `stop_below` stops at the first epoch whose loss (validation loss, if there is
-        validation data) is below it. `progress` shows a bar (None: on a terminal). Ctrl-C lets the step in flight
-        finish, then re-raises; completed epochs stay in the history. SIGTERM raises SystemExit(143) as late, unless it
-        has a handler of your own.
+        validation data) is below it. `progress` shows a bar, and leaves a line with the last figures (None: on a
+        terminal and in a notebook). Ctrl-C lets the step in flight finish, then re-raises; completed epochs stay in the
+        history. SIGTERM raises SystemExit(143) as late, unless it has a handler of your own.
 
         `sample_weight` (n,) says how much each row counts, `class_weight` each label, {label: weight} (others 1) or
         "balanced" (n / (classes · rows of the class)); of both, the product. A batch's loss is Σ w·loss / Σ w, that of

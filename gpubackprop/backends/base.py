@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
@@ -18,7 +18,7 @@ from gpubackprop.formulas import KEPT, Expr, walk
 __all__ = [
     "CONTROL", "GROWTH_STEPS", "LARGEST_SCALE", "Backend", "Buffer", "CaptureError", "Graph", "Launch", "Staging",
     "StepTable", "Tally", "Workspace", "arithmetic", "common", "expect", "expect_rows", "expect_softmax", "flops_of",
-    "is_on_device", "one_per_row", "owned", "setting", "softmax_equation", "tf32", "too_large", "use_tf32",
+    "is_on_device", "one_per_row", "owned", "setting", "shapes_of", "softmax_equation", "tf32", "too_large", "use_tf32",
     "use_workspace", "workspace",
 ]  # fmt: skip
 
@@ -26,7 +26,7 @@ Buffer = Any  # a NumPy or CuPy array: C-contiguous unless a primitive says othe
 Graph = Mapping[str, Expr]  # what an elementwise launch assigns: output name -> expression
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Launch:
     """One bound call: everything was checked when it was made, `run()` takes no arguments and checks nothing.
 
@@ -38,13 +38,23 @@ class Launch:
     reads: tuple[Buffer, ...]
     writes: tuple[Buffer, ...]
     flops: int
-    run: Callable[[], object] = field(repr=False)
+    run: Callable[[], object]
     layer: str = ""  # the path of the layer it belongs to, in a recorded model
+
+    def __repr__(self) -> str:
+        of = f" of layer {self.layer!r}" if self.layer else ""
+        shapes = f"{shapes_of(self.reads)} → {shapes_of(self.writes)}"
+        return f"Launch({self.name}{of}: {self.what!r}, {shapes}, {self.flops:,} flops, {self.bytes:,} bytes)"
 
     @property
     def bytes(self) -> int:
         """Bytes moved if every operand crosses the memory bus once."""
         return sum(int(b.nbytes) for b in (*self.reads, *self.writes))
+
+
+def shapes_of(buffers: Sequence[Buffer]) -> str:
+    """16×64 64×32; a scalar is 1."""
+    return " ".join("×".join(map(str, b.shape)) or "1" for b in buffers)
 
 
 CONTROL = {"scale": 0, "factor": 1, "ok": 2, "good": 3}

@@ -63,6 +63,9 @@ class CudaBackend:
         self.streams = Streams(driver)
         self._own = threading.local()  # the stream that a thread's graphs are captured and replayed on
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(device={self.device!r})"
+
     # ---- buffers
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Buffer:

@@ -70,6 +70,9 @@ class NumpyBackend:
     def __init__(self, device: str = "cpu:reference") -> None:
         self.device = device
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(device={self.device!r})"
+
     # ---- buffers
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> Array:

@@ -12,16 +12,15 @@ them work in float64 on the CPU. What the plan does in one pass forward and one 
 - matrix: Δ(r) = (Δ(r+1) W(r+1)ᵀ) ⊙ f′(A(r)), dW(r) = Z(r−1)ᵀ Δ(r), a batch at a time in NumPy
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gpubackprop.checks import choice, number, whole
-from gpubackprop.columns import brief
+from gpubackprop.columns import Grid, Shown, brief, table
 from gpubackprop.lab.engines import ENGINES, OF_NETWORKS, Gradient, Settings
 from gpubackprop.lab.subjects import Graph, GraphAt, NetworkAt, Subject, product_graph
 from gpubackprop.model import Layer
-from gpubackprop.plan import aligned
 from gpubackprop.tensor import Tensor
 from gpubackprop.trainer import Trainer
 
@@ -69,8 +68,8 @@ def _run(at: Subject, engine: str, settings: Settings) -> Gradient:
     return replace(ENGINES[engine](at, settings), engine=engine)
 
 
-@dataclass(eq=False)
-class Comparison:
+@dataclass(eq=False, repr=False)
+class Comparison(Shown):
     """What each engine found, or why it refused; `print` it."""
 
     found: list[Gradient]
@@ -79,16 +78,15 @@ class Comparison:
     def __getitem__(self, engine: str) -> Gradient:
         return {g.engine: g for g in self.found}[engine]
 
-    def __str__(self) -> str:
+    def parts(self) -> Iterable[str | Grid]:
         first = self.found[0]
         rows = [("engine", "work", "gradient", "error", "time")]
         rows += [(g.engine, *g.in_words(), f"{g.error(first):.1e}", brief(g.seconds, "s")) for g in self.found]
         rows += [(engine, "refused", "", "", "") for engine in self.refused]
         norms = f", {first.flat.size:,} numbers, by their norm" if first.flat.size > 1 else ""
         title = f"value {first.value:.12g}; its gradient{norms}; error: max |g − g of {first.engine}| / max |g|"
-        table = (line.rstrip() for line in aligned(rows, 3))
         reasons = (f"{engine}: {why.removeprefix('gradients: ')}" for engine, why in self.refused.items())
-        return "\n".join([title, *table, *reasons])
+        return [title, table(rows, 3), *reasons]
 
 
 def compare(

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import get_backend
-from gpubackprop.columns import brief
+from gpubackprop.columns import Shown, brief
 from gpubackprop.lab.subjects import Edge, NetworkAt, Node, Subject
 from gpubackprop.plan import Plan
 
@@ -25,8 +25,8 @@ Found = TypeVar("Found")
 REPEATS, ENOUGH = 20, 0.05  # runs that are timed, at most, and seconds after which no other begins
 
 
-@dataclass(eq=False)
-class Gradient:
+@dataclass(eq=False, repr=False)
+class Gradient(Shown):
     """What an engine found: the gradient by the name of each leaf, with the work that it took.
 
     Engines that go from unit to unit also give delta_pre = ∂L/∂a and delta_post = ∂L/∂h, (rows, units) by layer.
@@ -56,9 +56,9 @@ class Gradient:
         work = ", ".join(f"{n:,} {_ONE.get(what, what) if n == 1 else what}" for what, n in self.work.items())
         return work, f"{self.flat[0] if self.flat.size == 1 else np.linalg.norm(self.flat):.12g}"
 
-    def __str__(self) -> str:
+    def parts(self) -> list[str]:
         work, size = self.in_words()
-        return f"{self.engine}: {size} by {work} in {brief(self.seconds, 's')}"
+        return [f"{self.engine}: {size} by {work} in {brief(self.seconds, 's')}"]
 
 
 _ONE = {"paths": "path", "products": "product", "edge visits": "edge visit", "launches": "launch", "flops": "flop"}

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from gpubackprop import fused, ops
 from gpubackprop.checks import number, whole
+from gpubackprop.columns import Grid, Shown, table
 from gpubackprop.formulas import Activation as Row
 from gpubackprop.layers import Activation, Dense, Dropout, InputNoise, Sequential, edges
 from gpubackprop.model import Layer, check_model
@@ -26,7 +27,7 @@ Edge = tuple[Node, Node, float]  # tail, head, z = ∂head/∂tail
 # ---- graphs --------------------------------------------------------------------------------------------------------
 
 
-class Graph:
+class Graph(Shown):
     """A computational graph of numbers: inputs by name, then nodes that are functions of those before; the last one
     is the output.
 
@@ -51,6 +52,13 @@ class Graph:
             has = f"the unknown parent {unknown[0]!r}" if parents else "no parents"
             raise ValueError(f"Graph: node {name!r} has {has}; choose from {', '.join(known)}")
         self.nodes[name] = function, parents
+
+    def parts(self) -> Iterable[str | Grid]:
+        rows = [
+            (name, getattr(f, "__name__", repr(f)), ", ".join(parents)) for name, (f, parents) in self.nodes.items()
+        ]
+        title = f"graph of {', '.join(self.inputs)}, {len(rows)} nodes, the last one the output"
+        return [title, table([("node", "function", "of"), *rows], 0)]
 
     def __call__(self, *inputs: Any) -> Tensor:
         """The output."""
