@@ -47,6 +47,7 @@ from gpubackprop.layers import (
     mlp,
 )
 from gpubackprop.model import Layer, training
+from gpubackprop.names import hint as _hint
 from gpubackprop.ops import (
     abs,
     add,
@@ -161,4 +162,5 @@ def __getattr__(name: str) -> Any:
         return import_module(f"gpubackprop.{name}")
     if name in _LATER:
         return getattr(import_module(f"gpubackprop.{_LATER[name]}"), name)
-    raise AttributeError(f"module 'gpubackprop' has no attribute {name!r}")
+    meant = "" if name.startswith("_") else _hint("gb", name, __all__)
+    raise AttributeError(f"module 'gpubackprop' has no attribute {name!r}{meant}")

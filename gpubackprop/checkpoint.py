@@ -18,7 +18,7 @@ from gpubackprop.layers import Concatenate, Dense, Scaler, Sequential
 from gpubackprop.model import CLASSES, Layer, as_dtype, check_model
 from gpubackprop.threads import exclusive
 
-__all__ = ["check_writable", "encode_model", "load_model", "read_metadata", "save_model", "write_file"]
+__all__ = ["check_suffix", "check_writable", "encode_model", "load_model", "read_metadata", "save_model", "write_file"]
 
 FORMAT = 1
 ENTRY = "gpubackprop"  # one metadata entry: safetensors writes several in random order, so equal models would differ
@@ -29,6 +29,7 @@ ROWS, TEXTS, NODES = 100, 100_000, 5000  # registered activations; characters of
 DEPTH = 100  # of layers and lists within each other
 CALLS = 10_000  # of layers in a prediction: one that is shared, in one that is shared, is called 2ⁿ times
 VALUES = 10_000_000  # of all outputs for a row: a Concatenate of a layer with itself doubles them
+OTHER_FORMATS = {".pt", ".pth", ".bin", ".h5", ".hdf5", ".keras", ".onnx", ".pkl", ".pickle", ".joblib", ".npz", ".npy"}
 BUILTIN = frozenset(ACTIVATIONS)  # this module is imported before a user can register a row
 
 PathLike = str | os.PathLike[str]
@@ -50,8 +51,17 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
     """
     _check_path(path, "save_model")
     check_model(model, "save_model")
+    check_suffix(path)
     check_writable(path)
     write_file(path, encode_model(model, extra))
+
+
+def check_suffix(path: PathLike) -> None:
+    """Raise if the name is that of another format."""
+    stem, suffix = os.path.splitext(os.fspath(path))
+    if suffix.lower() in OTHER_FORMATS:
+        name = f"{os.path.basename(stem)}.safetensors"
+        raise ValueError(f"{path}: names another format than the model's, safetensors; name it {name}")
 
 
 def encode_model(model: Layer, extra: Mapping[str, Any] | None = None) -> bytes:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from gpubackprop.names import hint
+
 __all__ = ["choice", "flag", "interval", "number", "settle", "whole"]
 
 BOUNDS = {
@@ -73,4 +75,5 @@ def choice(where: str, key: str, value: Any, known: Iterable[str | None]) -> Non
     """Raise unless the value is one of those known."""
     known = list(known)
     if not (value is None or isinstance(value, str)) or value not in known:
-        raise ValueError(f"{where}: unknown {key} {value!r}; choose from {', '.join(map(repr, known))}")
+        listed = ", ".join(map(repr, known))
+        raise ValueError(f"{where}: unknown {key} {value!r}; choose from {listed}{hint(key, value, known)}")

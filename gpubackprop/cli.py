@@ -22,7 +22,7 @@ import click
 
 from gpubackprop import __version__, cli_plot, console, roofline, runs
 from gpubackprop.backends import why_not_cuda
-from gpubackprop.checkpoint import encode_model, load_model, write_file
+from gpubackprop.checkpoint import check_suffix, encode_model, load_model, write_file
 from gpubackprop.layers import Layer, mlp
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.progress import Interrupts, Terminated, terminable
@@ -129,6 +129,7 @@ def train(
     """
     recipe = Recipe(hidden=console.sizes(hidden, "--hidden"), **settings)
     console.check_outputs(out, force, json_path, data)
+    check_suffix(out or "")
     run = Run(data, runs.read(data, target, task), recipe)
     if (count := runs.doubtful_classes(run.table)) and task is None and not quiet:
         with suppress(OSError):

@@ -19,6 +19,7 @@ __all__ = [
     "by_name",
     "check_same_length",
     "column_names",
+    "labels_of",
     "on_host",
     "row_count",
     "surely_finite",
@@ -39,7 +40,7 @@ def as_features(
     Lists, frames, Tensors, integers and bools will do. The result is never to be written to. finite=False leaves it to
     the caller to see that all numbers are finite.
     """
-    a = _numbers(x, where, name, f"encode text as numbers, or convert with {name}.astype(float)")
+    a = _numbers(x, where, name, "encode text as numbers")
     n = row_count(a, where, name)
     width = int(np.prod(a.shape[1:]))
     if a.ndim == 1:
@@ -49,7 +50,8 @@ def as_features(
         remedy = f"{name}.reshape({n}, {width})"
         raise ValueError(f"{where}: {name} has shape {a.shape}, expected rows and columns; use {remedy}")
     if columns is not None and width != columns:
-        raise ValueError(f"{where}: {name} has {width} columns but the model expects {columns}")
+        turned = f"; it has {n} rows: pass {name}.T if it is transposed" if n == columns and width > 1 else ""
+        raise ValueError(f"{where}: {name} has {width} columns but the model expects {columns}{turned}")
     if width == 0:
         raise ValueError(f"{where}: {name} has 0 columns, expected at least 1; pass some features")
     return _cast(a, dtype, where, name, finite)
@@ -112,9 +114,15 @@ def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDAr
     raise ValueError(f"{where}: label {value} at row {row} {problem}")
 
 
-def as_targets(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y") -> Array:
-    """Targets or soft labels y as finite rows (n, outputs) of `dtype`; (n,) fits one output only."""
-    a = _numbers(y, where, name, f"convert with {name}.astype(float)")
+def as_targets(
+    y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y",
+    encode: str = "number the classes with np.unique(y, return_inverse=True), and train with loss='cross_entropy'",
+) -> Array:  # fmt: skip
+    """Targets or soft labels y as finite rows (n, outputs) of `dtype`; (n,) fits one output only.
+
+    `encode` is what to do where y holds text.
+    """
+    a = _numbers(y, where, name, encode)
     n = row_count(a, where, name)
     if a.shape[1:] != (outputs,) and (a.ndim, outputs) != (1, 1):
         got = f"has {a.shape[1]} columns" if a.ndim == 2 else f"has shape {a.shape}"
@@ -126,7 +134,9 @@ def as_targets(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name:
 
 def as_probabilities(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y") -> Array:
     """As `as_targets`, every element from 0 to 1."""
-    rows = as_targets(y, dtype, outputs, where, name)
+    rows = as_targets(
+        y, dtype, outputs, where, name, f"number the two classes 0 and 1, as ({name} == 'yes').astype(float)"
+    )
     bad = (rows < 0) | (rows > 1)
     if bad.any():
         row, column = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
@@ -136,9 +146,15 @@ def as_probabilities(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit",
     return rows
 
 
+def labels_of(rows: Array) -> Array:
+    """The labels of rows that are all one-hot; others as they are."""
+    one_hot = rows.ndim == 2 and ((rows == 0) | (rows == 1)).all() and (rows.sum(1) == 1).all()
+    return rows.argmax(1) if one_hot else rows
+
+
 def as_weights(w: Any, where: str = "fit", name: str = "sample_weight") -> NDArray[np.float64]:
     """Weights w (n,) of rows as float64: finite and at least 0."""
-    a = _numbers(w, where, name, f"convert with {name}.astype(float)")
+    a = _numbers(w, where, name, "pass numbers")
     n = row_count(a, where, name)
     if a.ndim > 1:
         remedy = f"{name}.ravel()" if a.size == n else f"{name}[:, 0] for those of one column"
@@ -165,7 +181,9 @@ def check_same_length(x: Any, y: Any, where: str = "fit", name: str = "y") -> No
     """Raise unless x and y, or what else is named, have a row each per sample."""
     n, m = row_count(x, where, "x"), row_count(y, where, name)
     if n != m:
-        raise ValueError(f"{where}: x has {n} rows but {name} has {m}; pass one {name} per row of x")
+        shape: Any = getattr(x, "shape", ())
+        turned = f", or x.T if x is transposed: it has {m} columns" if len(shape) == 2 and shape[1] == m else ""
+        raise ValueError(f"{where}: x has {n} rows but {name} has {m}; pass one {name} per row of x{turned}")
 
 
 def on_host(a: Any, where: str, name: str) -> Array:
@@ -208,7 +226,32 @@ def _numbers(a: Any, where: str, name: str, remedy: str) -> Array:
         raise TypeError(f"{where}: {name} is of type {type(a).__name__}, expected numbers; {remedy}")
     if array.dtype.kind == "c":
         remedy = f"pass {name}.real and {name}.imag as columns of their own"
+    elif array.dtype.kind == "M":
+        remedy = f"subtract a date and divide by a unit, as ({name} - date) / np.timedelta64(1, 'D')"
+    elif array.dtype.kind in "OUS":
+        text = (place for place, value in np.ndenumerate(array) if not _reads(value))
+        if (first := next(text, None)) is None:
+            remedy = f"convert with {name}.astype(float)"
+        elif array.ndim == 2 and (columns := list(getattr(a, "columns", ()))):
+            what = f"{name}'s column {str(columns[first[1]])!r} has {_brief(array[first])} at row {first[0]}"
+            raise TypeError(f"{where}: {what}, expected numbers; {remedy}, or leave the column out")
+        elif array.ndim == 2:
+            remedy += f" ({_brief(array[first])} at row {first[0]}, column {first[1]})"
     raise TypeError(f"{where}: {name} has dtype {array.dtype}, expected numbers; {remedy}")
+
+
+def _reads(value: Any) -> bool:
+    """Whether Python reads it as a number."""
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _brief(value: Any) -> str:
+    text = repr(str(value)) if isinstance(value, str) else f"{type(value).__name__} {value}"
+    return text if len(text) <= 40 else f"{text[:40]}…"
 
 
 def row_count(a: Any, where: str, name: str) -> int:
@@ -236,7 +279,8 @@ def _cast(a: Array, dtype: DTypeLike, where: str, name: str, finite: bool = True
     value, at = a[place], ", column ".join(str(i) for i in place)
     if not np.isfinite(value):
         raise ValueError(f"{where}: {name} has {_kind(value)} at row {at}; remove or fill such rows")
-    remedy = f"scale {name}" + (' or use dtype="float64"' if out.itemsize < 8 else "")
+    wider = {2: ", or train with precision='bfloat16' or 'float32'", 4: ' or use dtype="float64"'}
+    remedy = f"scale {name}{wider.get(out.itemsize, '')}"
     raise ValueError(f"{where}: {name} has {value:.3g} at row {at}, too large for {out.dtype}; {remedy}")
 
 

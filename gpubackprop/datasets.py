@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpubackprop.names import unknown
+
 __all__ = ["NAMES", "digits", "load", "regression7"]
 
 _FOLDER = os.path.join(os.path.dirname(__file__), "data")  # pathlib would take 5 ms to import
@@ -48,5 +50,5 @@ NAMES: dict[str, Callable[[], tuple[NDArray[Any], NDArray[Any]]]] = {
 def load(name: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """The bundled set of that name, (x, y); NAMES lists them."""
     if name not in NAMES:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(NAMES)}")
+        raise ValueError(unknown("data set", name, NAMES))
     return NAMES[name]()

@@ -21,13 +21,14 @@ from gpubackprop.columns import Shown
 from gpubackprop.formulas import ACTIVATIONS, Activation
 from gpubackprop.layers import Dense
 from gpubackprop.model import Layer, training
+from gpubackprop.names import unknown
 from gpubackprop.observe import observing
 from gpubackprop.tensor import Tensor
 from gpubackprop.trainer import Trainer
 
 __all__ = [
-    "Observed", "Site", "WeightGradient", "copied", "explain_weight", "gradient_at", "loss_of_weights", "observed",
-    "sensitivity",
+    "Observed", "Site", "WeightGradient", "check_trainer", "copied", "explain_weight", "gradient_at", "loss_of_weights",
+    "observed", "sensitivity",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -113,7 +114,7 @@ class Observed:
     def site(self, name: Any, where: str) -> Site:
         """The site of that name, or an error that lists the names."""
         if str(name) not in self.sites:
-            raise ValueError(f"{where}: unknown layer {name!r}; choose from {', '.join(self.sites)}")
+            raise ValueError(unknown("layer", name, self.sites, where))
         return self.sites[str(name)]
 
 
@@ -129,10 +130,15 @@ def observed(trainer: Trainer, x: Any, y: Any, where: str) -> Observed:
     return Observed(twin, watcher.named(), loss.item(), len(rows))
 
 
-def copied(trainer: Trainer, where: str) -> Trainer:
-    """A copy to try things on, with a model, moments and memory of its own."""
+def check_trainer(trainer: Any, where: str) -> None:
+    """Raise unless it is a Trainer."""
     if not isinstance(trainer, Trainer):
         raise TypeError(f"{where}: trainer is {type(trainer).__name__}; expected a Trainer: gb.Trainer(model, …)")
+
+
+def copied(trainer: Trainer, where: str) -> Trainer:
+    """A copy to try things on, with a model, moments and memory of its own."""
+    check_trainer(trainer, where)
     return copy.deepcopy(trainer)
 
 

@@ -11,6 +11,7 @@ from gpubackprop import ops
 from gpubackprop.backends.base import Backend, Buffer, Graph, StepTable, Tally, arithmetic
 from gpubackprop.backprop import Gradients
 from gpubackprop.formulas import ACTIVATIONS, KEPT, LOSSES, PASSES, RESULT, Activation, Loss, apply, name, parse
+from gpubackprop.names import unknown
 from gpubackprop.observe import observer
 from gpubackprop.operands import graph, operands, result, share
 from gpubackprop.plan import empty, release, run
@@ -30,7 +31,7 @@ __all__ = [
 def activation_row(activation: str) -> Activation:
     """The row of that name, or an error that lists the names."""
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose from {', '.join(sorted(ACTIVATIONS))}")
+        raise ValueError(unknown("activation", activation, sorted(ACTIVATIONS)))
     return ACTIVATIONS[activation]
 
 
@@ -118,7 +119,7 @@ def _reduction(loss: str, total: Tensor, rows: int, weights: Any, reduction: str
     if reduction == "sum":
         return total
     if reduction != "mean":
-        raise ValueError(f"{loss}: unknown reduction {reduction!r}; choose from mean, sum")
+        raise ValueError(unknown("reduction", reduction, ("mean", "sum"), loss))
     weight = rows if weights is None else float(np.asarray(weights).sum(dtype=np.float64))
     if weight == 0:
         what = "rows whose weights sum to 0" if rows else "an empty batch"

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from gpubackprop.checks import interval, whole
 from gpubackprop.columns import Shown
 from gpubackprop.data import as_seed
-from gpubackprop.model import Layer
+from gpubackprop.diagnostics import check_trainer
+from gpubackprop.model import Layer, check_model
 from gpubackprop.threads import exclusive
 from gpubackprop.trainer import Trainer
 
@@ -49,6 +50,7 @@ def random_search(
 ) -> Guesses:
     """Draw all trained weights uniformly from [low, high) so many times; the model keeps the best of them."""
     where = "random_search"
+    check_trainer(trainer, where)
     low, high = interval(where, low, high)
     generator = np.random.default_rng(as_seed(seed, where))
     size = _weights(trainer.model)
@@ -59,6 +61,7 @@ def random_search(
 
 def grid_points(model: Layer, segments: int = 10) -> int:
     """segments^N, the points of a grid over the N trained weights: how many guesses a search among them takes."""
+    check_model(model, "grid_points")
     points: int = whole("grid_points", "segments", segments) ** _weights(model)
     return points
 
@@ -68,6 +71,7 @@ def grid_search(trainer: Trainer, x: Any, y: Any, segments: int = 10, low: float
     """Try every point of a grid, the middles of so many segments of [low, high] for each trained weight; the model
     keeps the best. ValueError where that are more than a million."""
     where = "grid_search"
+    check_trainer(trainer, where)
     low, high = interval(where, low, high)
     points = grid_points(trainer.model, segments)
     if points > MOST_POINTS:

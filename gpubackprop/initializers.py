@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpubackprop.names import unknown
+
 __all__ = ["INITIALIZERS", "Constant", "Orthogonal", "draw", "resolve"]
 
 Shape = tuple[int, ...]
@@ -33,7 +35,7 @@ def resolve(init: str | float | npt.ArrayLike | Initializer) -> Initializer:
     """The initializer meant; an unknown name is an error that lists the names."""
     if isinstance(init, str):
         if init not in INITIALIZERS:
-            raise ValueError(f"unknown initializer {init!r}; choose from {', '.join(sorted(INITIALIZERS))}")
+            raise ValueError(unknown("initializer", init, sorted(INITIALIZERS)))
         return INITIALIZERS[init]
     return init if callable(init) else Constant(init)
 

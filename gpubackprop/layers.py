@@ -14,8 +14,9 @@ import numpy.typing as npt
 from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
 from gpubackprop.data import as_features, by_name, column_names
-from gpubackprop.formulas import CONSTRAINTS, Constraint
+from gpubackprop.formulas import ACTIVATIONS, CONSTRAINTS, Constraint
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
+from gpubackprop.names import explains_keywords, hint, of_pytorch
 from gpubackprop.operands import graph
 from gpubackprop.plan import empty, release, run
 from gpubackprop.shapes import concatenate
@@ -236,12 +237,14 @@ class Sequential(Layer):
     """The layers one after another; names count from "0"."""
 
     def __init__(self, *layers: Layer, dtype: npt.DTypeLike = "float32") -> None:
+        where = type(self).__name__
         for i, layer in enumerate(layers):
             if not isinstance(layer, Layer):
-                what = f"the class {layer.__name__}; call it" if isinstance(layer, type) else type(layer).__name__
-                raise TypeError(f"{type(self).__name__}: item {i} is {what}; expected a layer")
+                raise TypeError(f"{where}: item {i} is {_no_layer(layer)}")
         self.layers = layers
-        self.dtype = as_dtype(dtype, type(self).__name__)
+        self.dtype = as_dtype(dtype, where)
+        if _kind(self) in (Sequential, Residual):
+            _width(self, None, "", {}, where)
 
     def children(self) -> dict[str, Layer]:
         return {str(i): layer for i, layer in enumerate(self.layers)}
@@ -253,6 +256,20 @@ class Sequential(Layer):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def _no_layer(thing: Any) -> str:
+    """What stands where a layer is expected, and what to write instead."""
+    name = getattr(thing, "__name__", "")
+    if isinstance(thing, list | tuple):
+        return f"{type(thing).__name__}; expected a layer: pass them one by one, as Sequential(*layers)"
+    if theirs := of_pytorch(thing):
+        return f"{theirs}; expected a layer{hint('gb', thing)}"
+    if isinstance(thing, type) and issubclass(thing, Layer):
+        return f"the class {name}; call it; expected a layer"
+    if callable(thing) and name in ACTIVATIONS:
+        return f"the function {name}; expected a layer: gb.Activation({name!r})"
+    return f"{type(thing).__name__}; expected a layer"
 
 
 class Residual(Sequential):
@@ -292,6 +309,41 @@ class Concatenate(Sequential):
         return concatenate(outputs, axis=1)
 
 
+KEEPING = (Activation, Dropout, InputNoise, LayerNorm, BatchNorm, Scaler)  # as many columns as come
+
+
+def _kind(layer: Layer) -> type:
+    """The class whose forward the layer has; a subclass with one of its own may do anything."""
+    return next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
+
+
+def _width(
+    layer: Layer, columns: int | None, path: str, seen: dict[tuple[Layer, int | None], int | None], where: str
+) -> int | None:
+    """Columns of the layer's output for so many of x, None where they are not known; ValueError where a layer is known
+    to take another number."""
+    if (key := (layer, columns)) in seen:  # one that stands in several places
+        return seen[key]
+    takes, kind, gives = vars(layer).get("_inputs"), _kind(layer), None
+    if columns is not None and takes not in (None, columns):
+        got = f"x has {columns} columns but {layer.describe()} expects {takes} columns"
+        raise ValueError(f"{where}: layer {path!r}: {got}")
+    if isinstance(layer, Dense) and kind is Dense:
+        gives = layer.weight.shape[1]
+    elif kind in KEEPING:
+        gives = columns if columns is not None else takes
+    elif isinstance(layer, Sequential) and kind in (Sequential, Residual):
+        gives = columns
+        for i, inner in enumerate(layer.layers):
+            gives = _width(inner, gives, f"{path}.{i}" if path else str(i), seen, where)
+    elif isinstance(layer, Concatenate) and kind is Concatenate:
+        several = [_width(inner, columns, f"{path}.{i}", seen, where) for i, inner in enumerate(layer.layers)]
+        gives = None if None in several else sum(n or 0 for n in several)
+    seen[key] = gives
+    return gives
+
+
+@explains_keywords
 def mlp(
     sizes: Sequence[int], activation: str = "relu", *, dropout: float = 0.0, dtype: npt.DTypeLike = "float32"
 ) -> Sequential:

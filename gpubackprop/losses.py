@@ -5,12 +5,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from gpubackprop import fused
 from gpubackprop.backends.base import Buffer, StepTable, Tally
 from gpubackprop.checks import number
 from gpubackprop.data import as_labels, as_probabilities, as_targets, on_host
+from gpubackprop.names import hint, of_pytorch
 from gpubackprop.operands import graph, row_by_row
 from gpubackprop.plan import empty, run
 from gpubackprop.shapes import cast
@@ -100,9 +102,9 @@ class Objective:
         y = on_host(y, where, "y")
         if (self.classes and y.ndim != 2) or (self.classes and y.ndim == 2 and y.shape[1] == 1):
             if outputs == 1:
-                raise ValueError(
-                    f"{where}: {self.name} needs an output per class but the model has one; use loss='bce'"
-                )
+                numbers = y.dtype.kind == "f" and not np.isin(y, (0, 1)).all()
+                remedy = "use loss='mse' for numbers" if numbers else "use loss='bce'"
+                raise ValueError(f"{where}: {self.name} needs an output per class but the model has one; {remedy}")
             return as_labels(y, outputs, where)
         if self.own and y.ndim == 1 and y.dtype.kind in "iu" and outputs > 1:
             return as_labels(y, outputs, where)
@@ -159,10 +161,15 @@ LOSSES = {
 
 def objective(loss: str | Callable[..., Tensor]) -> Objective:
     """The objective of a name, or of a callable (output, target) -> tensor."""
-    if isinstance(loss, type) or not (isinstance(loss, str) or callable(loss)):
-        raise TypeError(f"loss is {type(loss).__name__}; expected a name or a function (output, target) -> tensor")
+    theirs = "" if isinstance(loss, str) else of_pytorch(loss)
+    if theirs or isinstance(loss, type) or not (isinstance(loss, str) or callable(loss)):
+        got = f"{theirs or type(loss).__name__}; expected a name or a function (output, target) -> tensor"
+        raise TypeError(f"loss is {got}{hint('loss', loss)}")
     if callable(loss):
         return Objective(getattr(loss, "__name__", "loss"), loss, None, ())
     if loss not in LOSSES:
-        raise ValueError(f"unknown loss {loss!r}; choose from {', '.join(sorted(LOSSES))}, or pass a callable")
+        known = sorted(LOSSES)
+        raise ValueError(
+            f"unknown loss {loss!r}; choose from {', '.join(known)}, or pass a callable{hint('loss', loss, known)}"
+        )
     return LOSSES[loss]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, Graph
 from gpubackprop.formulas import parse
+from gpubackprop.names import unknown
 from gpubackprop.plan import empty, release, run
 from gpubackprop.tensor import Tensor
 
@@ -79,5 +80,5 @@ METRICS = {
 def metric(name: str) -> Metric:
     """The metric of that name."""
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; choose from {', '.join(sorted(METRICS))}")
+        raise ValueError(unknown("metric", name, sorted(METRICS)))
     return METRICS[name]

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import Signature, signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device, setting
 from gpubackprop.data import as_features, as_seed, by_name
 from gpubackprop.formulas import cut
+from gpubackprop.names import hint, of_pytorch, refuse_keywords
 from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
@@ -95,9 +96,19 @@ class Layer:
         cls.__signature__ = Signature(given)  # type: ignore[attr-defined]  # for help(), which would show that of __new__
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "Layer":
+        given = cls.__signature__.parameters  # type: ignore[attr-defined]
+        if not any(p.kind is p.VAR_KEYWORD for p in given.values()):
+            refuse_keywords(cls.__name__, keywords, given)
         self = super().__new__(cls)
         self.arguments = arguments, keywords  # what rebuilds the layer: the architecture of a model file
         return self
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if meant := hint("model", name):
+                raise AttributeError(f"{type(self).__name__}: a model has no {name}{meant}", name=name, obj=self)
+            return object.__getattribute__(self, name)  # raises what it raised before
 
     def _argue(self, **changed: Any) -> None:
         """Change what the layer is said to be made with, as far as its class takes arguments of these names."""
@@ -330,10 +341,11 @@ class Layer:
         _ = self._bound or self._own()
         named = self.named_parameters()
         if missing := [k for k in named if k not in state]:
-            hint = "; gb.rewind keeps the masks that there are" * missing[0].endswith("mask")
-            raise ValueError(f"load_state_dict: {missing[0]!r} is missing; the model has {', '.join(named)}{hint}")
+            kept = "; gb.rewind keeps the masks that there are" * missing[0].endswith("mask")
+            raise ValueError(f"load_state_dict: {missing[0]!r} is missing; the model has {', '.join(named)}{kept}")
         if extra := [k for k in state if k not in named]:
-            raise ValueError(f"load_state_dict: the model has no {extra[0]!r}; it has {', '.join(named)}")
+            near = hint("parameter", extra[0], named)
+            raise ValueError(f"load_state_dict: the model has no {extra[0]!r}; it has {', '.join(named)}{near}")
         values = {k: np.asarray(state[k]) for k in named}
         for k, value in values.items():
             if value.shape != named[k].shape:
@@ -358,6 +370,10 @@ class Layer:
     # ---- inference
 
     def _as_input(self, x: Any) -> Tensor:
+        if isinstance(x, tuple | list) and any(isinstance(part, Tensor) for part in x):
+            where = f"layer {self._path!r}" if self._path else type(self).__name__
+            remedy = "pass one of them, or put them side by side with gb.concatenate(…, axis=1)"
+            raise TypeError(f"{where}: x is a {type(x).__name__} of {len(x)}; expected one tensor: {remedy}")
         homes = self.homes()
         x = by_name(x, self.feature_names, self._path or type(self).__name__)
         rows = as_features(x, homes[0].dtype if homes else self.dtype, self.inputs, self._path or type(self).__name__)
@@ -389,7 +405,10 @@ class Layer:
 
     def _head(self, out: npt.NDArray[Any], where: str) -> str:
         if self.output_kind in ("identity", "exp"):
-            raise ValueError(f"{where}: the model was trained for regression; use predict")
+            remedy = (
+                "use predict" if self.output_kind == "identity" else "np.exp(model.predict(x)) is the expected count"
+            )
+            raise ValueError(f"{where}: the model was trained for regression; {remedy}")
         return self.output_kind or ("softmax" if out.shape[1] > 1 else "sigmoid")
 
     def _probabilities(self, out: npt.NDArray[Any], where: str) -> npt.NDArray[Any]:
@@ -451,7 +470,8 @@ def as_dtype(dtype: npt.DTypeLike, where: str) -> npt.DTypeLike:
 def check_model(model: Any, where: str) -> None:
     """Raise unless it is a layer."""
     if not isinstance(model, Layer):
-        raise TypeError(f"{where}: model is {type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])")
+        got = f"{of_pytorch(model) or type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])"
+        raise TypeError(f"{where}: model is {got}{hint('gb', model)}")
 
 
 def seed_or_fresh(seed: Any, where: str) -> int:

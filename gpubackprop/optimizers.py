@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from gpubackprop.arena import Arena
 from gpubackprop.checks import choice, number, settle
 from gpubackprop.formulas import RULES, Rule
+from gpubackprop.names import refuse_keywords, unknown
 from gpubackprop.rates import Rate
 
 __all__ = [
@@ -40,6 +41,10 @@ class Optimizer:
     groups: Groups = field(default_factory=dict, kw_only=True, hash=False)
     label: ClassVar[str] = ""
 
+    def __new__(cls, *_: Any, **keywords: Any) -> Self:
+        refuse_keywords(cls.__name__, keywords, (f.name for f in fields(cls) if f.init))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         where = type(self).__name__
         if isinstance(self.lr, type):
@@ -60,7 +65,7 @@ class Optimizer:
                 raise TypeError(f"{where}: a pattern must be text, such as '0.*', got {pattern!r}")
             for key in more:
                 if key not in known:
-                    raise ValueError(f"{where}[{pattern!r}]: unknown setting {key!r}; choose from {', '.join(known)}")
+                    raise ValueError(unknown("setting", key, known, f"{where}[{pattern!r}]"))
             if replace(self, groups={}, **more).rule is not self.rule:
                 raise ValueError(f"{where}[{pattern!r}]: {', '.join(more)} asks for another rule; all groups share one")
 

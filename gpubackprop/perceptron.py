@@ -188,6 +188,7 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
     @property
     def coefs_(self) -> tuple[Array, ...]:
         """The weight matrix (inputs, units) of each layer, as copies; assigning a list of such changes the network."""
+        check_is_fitted(self)
         return tuple(_frozen(layer.weight.numpy()) for layer in self._dense)
 
     @coefs_.setter
@@ -197,6 +198,7 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
     @property
     def intercepts_(self) -> tuple[Array, ...]:
         """The bias (units,) of each layer, as copies; assigning a list of such changes the network."""
+        check_is_fitted(self)
         return tuple(_frozen(layer.bias.numpy()) for layer in self._dense)
 
     @intercepts_.setter
@@ -204,6 +206,7 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
         self._assign("intercepts_", "bias", values)
 
     def _assign(self, attribute: str, name: str, values: Sequence[Any]) -> None:
+        check_is_fitted(self)
         state = self.model_.state_dict()
         keys = [key for key in state if key.endswith(name)]
         if len(values) != len(keys):

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from gpubackprop.names import unknown
+
 __all__ = ["PRECISIONS", "Precision", "precision"]
 
 
@@ -57,5 +59,5 @@ PRECISIONS = {
 def precision(name: str) -> Precision:
     """The precision of that name."""
     if not isinstance(name, str) or name not in PRECISIONS:
-        raise ValueError(f"unknown precision {name!r}; choose from {', '.join(PRECISIONS)}")
+        raise ValueError(unknown("precision", name, PRECISIONS))
     return PRECISIONS[name]

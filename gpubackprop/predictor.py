@@ -17,7 +17,7 @@ from gpubackprop.tensor import Tensor
 if TYPE_CHECKING:
     from gpubackprop.model import Layer
 
-__all__ = ["Predictor", "settings"]
+__all__ = ["Predictor", "as_output", "settings"]
 
 CHUNK_ROWS = 1024
 
@@ -89,6 +89,18 @@ def _record(model: "Layer", rows: int, columns: int, dtype: npt.DTypeLike) -> _F
     backend.write(x, 0)
     with plan.record("predict"):
         output = model(Tensor(x, backend))
-    if output.ndim != 2 or output.shape[0] != rows:
-        raise ValueError(f"predict: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
-    return _Forward(plan, x, output.buffer)
+    y = as_output(output, x.shape, "predict")
+    return _Forward(plan, x, y.buffer)
+
+
+def as_output(output: Any, shape: tuple[int, ...], where: str) -> Tensor:
+    """What a model returned for x of this shape: one tensor of as many rows."""
+    if not isinstance(output, Tensor):
+        got = (
+            f"a {type(output).__name__} of {len(output)}" if isinstance(output, tuple | list) else type(output).__name__
+        )
+        remedy = "return one, or put several side by side with gb.concatenate(…, axis=1)"
+        raise TypeError(f"{where}: the model returns {got}; expected one tensor (rows, outputs): {remedy}")
+    if output.ndim != 2 or output.shape[0] != shape[0]:
+        raise ValueError(f"{where}: the model returns shape {output.shape} for {shape}; expected (rows, outputs)")
+    return output

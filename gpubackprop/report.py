@@ -15,6 +15,7 @@ from gpubackprop.backends.base import Buffer
 from gpubackprop.columns import Grid, Shown, table
 from gpubackprop.diagnostics import Observed, Site, gradient_at, observed
 from gpubackprop.formulas import KEPT, Activation, evaluate
+from gpubackprop.names import unknown
 from gpubackprop.tensor import Tensor
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
@@ -87,7 +88,7 @@ class GradientReport(Shown):
     def __getitem__(self, name: str | int) -> LayerReport:
         """The layer of that name."""
         if (found := next((row for row in self.layers if row.name == str(name)), None)) is None:
-            raise KeyError(f"unknown layer {name!r}; choose from {', '.join(row.name for row in self.layers)}")
+            raise KeyError(unknown("layer", name, [row.name for row in self.layers]))
         return found
 
     @property

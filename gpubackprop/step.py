@@ -289,7 +289,7 @@ class Graphs:
             return plan.backend.capture([launch for section in sections for launch in plan.sections[section]])
         except CaptureError as error:
             self.wanted = False
-            warnings.warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning, stacklevel=7)
+            warnings.warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning, stacklevel=8)
             return None
 
 

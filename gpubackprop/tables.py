@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .data import as_features, as_targets, check_same_length
 from .datasets import NAMES
 from .formulas import cut
+from .names import hint, unknown
 
 __all__ = ["Table", "Task", "read_table"]
 
@@ -59,7 +60,7 @@ def read_table(
     """
     path = Path(path)
     if task not in (None, "classification", "regression"):
-        raise ValueError(f"unknown task {task!r}; choose from classification, regression")
+        raise ValueError(unknown("task", task, ("classification", "regression")))
     _check_file(path)
     read = _read_csv if path.suffix.lower() == ".csv" else _read_npz
     return read(path, target, task, classes, columns, labelled)
@@ -165,7 +166,8 @@ def _read_csv(
     names, rows, lines = _records(path)
     cells = dict(zip(names, zip(*rows, strict=True), strict=True))
     if target is not None and target not in cells and columns is None:
-        raise ValueError(f"{path}: has no column {_shown(target)} for the target; choose from {_some(names)}")
+        near = hint("column", target, names)
+        raise ValueError(f"{path}: has no column {_shown(target)} for the target; choose from {_some(names)}{near}")
     wanted = [name for name in names if name != target] if columns is None else list(columns)
     if absent := [name for name in wanted if name not in cells]:
         raise ValueError(f"{path}: lacks the model's columns {_some(absent)}; it has {_some(names)}")

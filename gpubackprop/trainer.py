@@ -18,7 +18,7 @@ from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.callbacks import Callback, EarlyStopping, around
 from gpubackprop.checks import flag, number, whole
 from gpubackprop.columns import History
-from gpubackprop.data import as_features, by_name, check_same_length, column_names
+from gpubackprop.data import as_features, by_name, check_same_length, column_names, labels_of
 from gpubackprop.device_data import check_one_place, on_device, taken
 from gpubackprop.layers import edges
 from gpubackprop.lbfgs import Curvature, SearchStep
@@ -26,11 +26,12 @@ from gpubackprop.losses import objective
 from gpubackprop.metrics import metric
 from gpubackprop.model import Layer, Mode, check_model, mode, seed_or_fresh
 from gpubackprop.moments import HostMoments, Moments
+from gpubackprop.names import explains_keywords, of_pytorch, unknown
 from gpubackprop.optimizers import LBFGS, OPTIMIZERS, Optimizer
 from gpubackprop.penalty import Penalty, Strength
 from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
-from gpubackprop.predictor import settings
+from gpubackprop.predictor import as_output, settings
 from gpubackprop.progress import Bar, Interrupts
 from gpubackprop.rates import check_measured, measures
 from gpubackprop.rerun import calls_own_code
@@ -100,6 +101,7 @@ class Trainer:
     batches, the mean over all their rows.
     """
 
+    @explains_keywords
     def __init__(
         self, model: Layer, loss: str | Callable[..., Tensor] = "cross_entropy", optimizer: Optimizer | str = "adam",
         metrics: Sequence[str] | None = None, device: str = "auto", seed: int | None = None, *,
@@ -229,6 +231,7 @@ class Trainer:
 
     # ---- training
 
+    @explains_keywords
     def fit(
         self, x: Any, y: Any, epochs: int = 10, batch_size: int = 128, *,
         validation_data: tuple[Any, ...] | None = None, shuffle: bool | Order = True,
@@ -323,6 +326,10 @@ class Trainer:
         progress: bool | None, stop_below: float | None, named: tuple[Names, Names],
     ) -> History:  # fmt: skip
         outputs = self._check_batches(x.shape[1], len(x), batch_size, y)  # before anything is trained
+        if not self.epoch and _applies(self.objective.head, self._forward(x.shape[1], 2, training=True)[0]):
+            what = f"the model ends in {self.objective.head}, which the loss {self.objective.name} applies by itself"
+            remedy = "leave it out" + ", predict_proba has it" * (self.objective.head != "exp")
+            warnings.warn(f"fit: {what}, so that training goes wrong; {remedy}", stacklevel=4)
         sums = self._sums_of(y, outputs)
         self._check_watched(callbacks, sums, held_out is not None)
         self.model.output_kind = self.objective.head
@@ -369,7 +376,7 @@ class Trainer:
                 f"the loss comes down, which is {self._control()[0]:g} now; train on, scale the targets or inputs"
                 + TO_WIDER,
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return self.history
 
@@ -639,23 +646,28 @@ class Trainer:
         check_same_length(rows, y, where)
         outputs = self._outputs(rows.shape[1], 2)
         targets = self.objective.targets(y, self.model.dtype, outputs, where)
+        if self.objective.classes and (self.metrics is None or [m.name for m in self.metrics] == ["accuracy"]):
+            targets = labels_of(targets)  # accuracy counts them
         weights = row_weights(self.objective, targets, outputs, sample_weight, class_weight, where)
         targets = self.objective.softened(targets)
         return rows, targets, weights if weights is None else weights.astype(self.model.dtype)
 
     def _outputs(self, columns: int, rows: int, training: bool = False, target: Array | None = None) -> int:
         """Columns of the model's output, found by binding its forward without running it: layers check shapes here."""
-        plan = Plan(self.backend, dry=True, space=self._space)
-        with plan.record("forward"), mode(Mode(training, self.seed)):
-            x = Tensor(self.backend.empty((rows, columns), self.model.dtype), self.backend)
-            output = self.model(x)
-        if output.ndim != 2 or output.shape[0] != rows:
-            raise ValueError(f"Trainer: the model returns shape {output.shape} for {x.shape}; expected (rows, outputs)")
+        _, output = self._forward(columns, rows, training)
         if target is not None:
             with Plan(self.backend, dry=True, space=self._space).record("loss"):
                 like = self.backend.empty((rows, *target.shape[1:]), target.dtype)
                 self.objective.total(output, Tensor(like, self.backend))
         return output.shape[1]
+
+    def _forward(self, columns: int, rows: int, training: bool) -> tuple[Plan, Tensor]:
+        """The forward pass and its output, bound but not run."""
+        plan = Plan(self.backend, dry=True, space=self._space)
+        with plan.record("forward"), mode(Mode(training, self.seed)):
+            x = Tensor(self.backend.empty((rows, columns), self.model.dtype), self.backend)
+            output = as_output(self.model(x), x.shape, "Trainer")
+        return plan, output
 
     def _sums_of(self, y: Array, outputs: int) -> Sums:
         labels = y.ndim == 1
@@ -679,6 +691,13 @@ class Trainer:
         return Sums(self.backend, chosen, outputs, self.model.dtype, labels)
 
 
+def _applies(head: str | None, forward: Plan) -> bool:
+    """Whether a forward pass ends in what makes probabilities or means of the loss's outputs."""
+    names = [launch.name for launch in forward.launches]
+    by_hand = head == "softmax" and names[-2:] == ["sum", "divide"] and "exp" in names[-4:]
+    return bool(names) and (head == names[-1] or by_hand or forward.launches[-1].what.startswith(f"y = {head}("))
+
+
 # ---- arguments -----------------------------------------------------------------------------------------------------
 
 
@@ -698,8 +717,10 @@ def _limit(key: str, given: Any, dtype: np.dtype[Any]) -> float:
 def _optimizer(given: Any) -> Optimizer:
     if isinstance(given, str):
         if given not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {given!r}; choose from {', '.join(sorted(OPTIMIZERS))}")
+            raise ValueError(unknown("optimizer", given, sorted(OPTIMIZERS)))
         return OPTIMIZERS[given]()
+    if theirs := of_pytorch(given):
+        raise TypeError(f"Trainer: optimizer is {theirs}; expected a name or one such as gb.Adam(lr=1e-3)")
     if isinstance(given, type) and issubclass(given, Optimizer):
         raise TypeError(f"Trainer: optimizer is the class {given.__name__}; make one: gb.{given.__name__}()")
     if not isinstance(given, Optimizer):

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 
 # A module may import from its own level or a lower one.
 LEVELS = [
-    {"formulas", "checks", "columns", "threads"},
+    {"names", "formulas", "checks", "columns", "threads"},
     {"files"},
     {"backends"},
     {"plan", "observe"},

@@ -946,11 +946,18 @@ def test_layers_in_nested_containers_are_found():
     assert list(Nested().state_dict()) == [f"{n}.{k}" for n in names for k in ("weight", "bias")]
 
 
+class Passing(gb.Layer):
+    """Its width is not known when a model is built."""
+
+    def forward(self, x):
+        return x
+
+
 @pytest.mark.parametrize("layer", [gb.LayerNorm, gb.BatchNorm, gb.Scaler])
 @pytest.mark.parametrize("columns", [1, 16])
 def test_a_layer_of_another_width_is_named_and_does_not_broadcast(layer, columns):
-    model = gb.Sequential(gb.Dense(8, 32), layer(columns))
-    message = rf"layer '1': x has 32 columns but {layer.__name__}\({columns}\) expects {columns} columns"
+    model = gb.Sequential(gb.Dense(8, 32), Passing(), layer(columns))
+    message = rf"layer '2': x has 32 columns but {layer.__name__}\({columns}\) expects {columns} columns"
     for use in (model, model.predict, lambda x: gb.Trainer(model, "mse", seed=0).fit(x, np.zeros((4, 32)))):
         with pytest.raises(ValueError, match=message):
             use(np.zeros((4, 8)))

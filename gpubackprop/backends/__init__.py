@@ -6,6 +6,7 @@ import threading
 from functools import cache
 
 from gpubackprop.backends.base import Backend, Launch
+from gpubackprop.names import unknown
 
 __all__ = ["INSTALL", "Backend", "Launch", "get_backend", "why_not_cuda"]
 
@@ -32,7 +33,7 @@ def get_backend(device: str = "auto") -> Backend:
     if (cuda := re.fullmatch(r"cuda(:\d+)?", name)) is not None:
         name = f"cuda:{_index(name, cuda[1])}"
     elif name not in ("cpu", "cpu:reference", "cuda:plan"):
-        raise ValueError(f"unknown device {device!r}; choose from auto, cpu, cuda, cuda:N, cuda:plan, cpu:reference")
+        raise ValueError(unknown("device", device, ("auto", "cpu", "cuda", "cuda:N", "cuda:plan", "cpu:reference")))
     with _lock:
         if name not in _backends:
             _backends[name] = _make(name)

@@ -14,6 +14,7 @@ from gpubackprop.columns import Grid, Shown, table
 from gpubackprop.formulas import Activation as Row
 from gpubackprop.layers import Activation, Dense, Dropout, InputNoise, Sequential, edges
 from gpubackprop.model import Layer, check_model
+from gpubackprop.names import hint
 from gpubackprop.tensor import Tensor, tensor
 from gpubackprop.trainer import Trainer
 
@@ -50,7 +51,8 @@ class Graph(Shown):
             raise ValueError(f"Graph: there is a node {name!r} already; choose another name")
         if not parents or (unknown := [p for p in parents if p not in known]):
             has = f"the unknown parent {unknown[0]!r}" if parents else "no parents"
-            raise ValueError(f"Graph: node {name!r} has {has}; choose from {', '.join(known)}")
+            near = hint("parent", unknown[0], known) if parents else ""
+            raise ValueError(f"Graph: node {name!r} has {has}; choose from {', '.join(known)}{near}")
         self.nodes[name] = function, parents
 
     def parts(self) -> Iterable[str | Grid]:
