@@ -9,7 +9,7 @@ them work in float64 on the CPU. What the plan does in one pass forward and one 
 - dynamic_programming: S(i) = Σ over edges (i, j) of z(i, j) · S(j), each edge visited once, from L backwards
 - post_activation: the same over post-activations h alone, z = w · Φ′(a) of the head; S is then Δ = ∂L/∂h
 - pre_activation: the same over pre-activations a alone, z = Φ′(a) of the tail · w; S is then δ = ∂L/∂a
-- matrix: Δ(r) = (Δ(r+1) W(r+1)ᵀ) ⊙ f′(A(r)), dW(r) = Z(r−1)ᵀ Δ(r), a batch at a time in NumPy
+- matrix: δ(r) = (δ(r+1) W(r+1)ᵀ) ⊙ Φ′(A(r)), dW(r) = H(r−1)ᵀ δ(r), a batch at a time in NumPy
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -94,7 +94,8 @@ def compare(
     loss: str | Callable[..., Tensor] | None = None, eps: float = 1e-6, cap: int = 1_000_000,
 ) -> Comparison:  # fmt: skip
     """`gradients` by each engine (None: all that apply), with errors against the plan's; `print` it for one table of
-    values, errors, work and time. An engine that refuses is listed with its reason."""
+    values, errors, work and time. Where edges are visited, the time is that of the visits: their local derivatives are
+    taken beforehand. An engine that refuses is listed with its reason."""
     at, asked = _at(model_or_graph, x, y, loss), _settings(eps, cap)
     found, refused = list[Gradient](), dict[str, str]()
     for engine in dict.fromkeys(["plan", *(_applying(at) if engines is None else engines)]):

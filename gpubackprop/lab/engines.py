@@ -35,7 +35,7 @@ class Gradient(Shown):
     value: float  # of the output or loss
     gradients: dict[str, Floats]
     work: Work
-    seconds: float = math.nan  # of one gradient, at best; what recording a plan takes is left out
+    seconds: float = math.nan  # of one gradient, at best, without the recording of a plan and the derivatives of edges
     delta_pre: dict[str, Floats] = field(default_factory=dict)
     delta_post: dict[str, Floats] = field(default_factory=dict)
     engine: str = ""
@@ -133,8 +133,8 @@ def _differences(at: Subject, settings: Settings, *, central: bool) -> Gradient:
 
 def _unrolled(at: Subject, settings: Settings, *, variables: str, sums: "Sums") -> Gradient:
     """S = ∂L/∂node of every source, and of the units as far as `sums` gives them."""
-    sources = list(at.sources())
-    (s, work), seconds = _best(lambda: sums(list(at.edges(variables)), [node for _, _, node in sources], settings))
+    sources, edges = list(at.sources()), list(at.edges(variables))
+    (s, work), seconds = _best(lambda: sums(edges, [node for _, _, node in sources], settings))
     found = {name: np.zeros(p.shape) for name, p in at.leaves.items()}
     for name, k, node in sources:
         found[name].reshape(-1)[k] = s.get(node, 0.0)
@@ -181,7 +181,7 @@ def _along_paths(edges: list[Edge], sources: list[Node], settings: Settings) -> 
 
 
 def _matrix(at: Subject, settings: Settings) -> Gradient:
-    """Δ = f′(A) ⊙ dH, dW = Zᵀ Δ, dB the sums of Δ over the rows, dH of the layer before = Δ Wᵀ."""
+    """δ = Φ′(A) ⊙ Δ, dW = Hᵀ δ, db the sums of δ over the rows, Δ of the layer before = δ Wᵀ."""
     assert isinstance(at, NetworkAt)
     result, seconds = _best(lambda: _in_matrices(at, settings.cotangent))
     return replace(result, seconds=seconds)

@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import sys
+import time
 import types
 
 import numpy as np
@@ -194,3 +195,13 @@ def test_ipython_in_a_terminal_is_no_notebook(monkeypatch, capsys):
     )
     fitted()
     assert capsys.readouterr().err == ""
+
+
+# ---- the laboratory's times ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["paths", "dynamic_programming"])
+def test_the_time_of_a_recursion_is_not_that_of_its_local_derivatives(engine):
+    slow = lab.Graph("w")
+    slow.node("y", lambda w: (time.sleep(0.02), w**2)[1], "w")
+    assert lab.gradients(slow, 0.7, engine=engine).seconds < 0.02
