@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
@@ -16,6 +17,9 @@ import notes  # noqa: E402
 import pages  # noqa: E402
 import public_names  # noqa: E402
 
+# Browsers set large operators by a font's table for mathematics; this free one has it, and matplotlib ships it.
+MATH_FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSerif.ttf")
+
 project, author = "gpubackprop", "The gpubackprop developers"
 release = version = gpubackprop.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
@@ -24,7 +28,7 @@ myst_enable_extensions = ["attrs_inline", "dollarmath"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"gpubackprop {version}"
-html_static_path = ["static"]
+html_static_path = ["static", str(MATH_FONT)]
 html_css_files = ["style.css"]
 html_math_renderer = "mathml"
 html_show_copyright = html_show_sourcelink = False

@@ -227,7 +227,7 @@ def predict(model: str, data: str, out: str, force: bool, device: str) -> None:
 @click.argument("model", required=False)
 @click.option("--sizes", help="Instead of a MODEL: columns, hidden units and outputs of a new network, between commas.")
 @console.options("activation", "dropout", "optimizer", "batch_size", "dtype", "precision", "clip_norm", "device")
-@click.option("--gpu", type=click.Choice(list(roofline.GPUS)), help="Add a roofline model of this GPU.")
+@click.option("--gpu", type=console.Choice(list(roofline.GPUS)), help="Add a roofline model of this GPU.")
 @click.option("--wide", is_flag=True, help="A line for each launch, however long.")
 @click.option("--out", metavar="FILE", help="Draw the step too: an .svg, .png or .pdf file.")
 @console.force

@@ -7,7 +7,7 @@ import click
 import numpy as np
 
 from gpubackprop import runs
-from gpubackprop.console import check_outputs, force, options, say, show, sizes, table_options
+from gpubackprop.console import Choice, check_outputs, force, options, say, show, sizes, table_options
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.plan import Plan
 from gpubackprop.runs import Recipe, Run
@@ -72,7 +72,7 @@ def save_plan(plan: Plan, gpu: str | None, precision: str, out: str, replace: bo
 
 
 @pictures.command()
-@click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="sgd", show_default=True, help="Update rule.")
+@click.option("--optimizer", type=Choice(list(OPTIMIZERS)), default="sgd", show_default=True, help="Update rule.")
 @click.option("--lr", type=float, help=f"Learning rate.  [default: {RATE}; of adadelta and lbfgs 1]")
 @click.option("--steps", type=int, default=500, show_default=True, help="Steps of the descent.")
 @click.option("--start", metavar="M,B", default="0,6", show_default=True, help="Where it begins.")
@@ -113,7 +113,7 @@ def _start(text: str) -> list[float]:
 
 
 @pictures.command()
-@click.option("--on", "ground", type=click.Choice(list(GROUNDS)), default="saddle", show_default=True,
+@click.option("--on", "ground", type=Choice(list(GROUNDS)), default="saddle", show_default=True,
               help="x² - y², or Rosenbrock's curved valley.")  # fmt: skip
 @click.option("--steps", type=int, help="Steps of each.  [default: 750 on the saddle, 1000 in the valley]")
 @click.option(

@@ -12,13 +12,25 @@ import click
 from gpubackprop import datasets
 from gpubackprop.checkpoint import check_writable
 from gpubackprop.formulas import ACTIVATIONS, cut
+from gpubackprop.names import hint
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.precision import PRECISIONS
 from gpubackprop.runs import RATES, Recipe
 
-__all__ = ["check_outputs", "fail", "force", "options", "say", "show", "sizes", "table_options"]
+__all__ = ["Choice", "check_outputs", "fail", "force", "options", "say", "show", "sizes", "table_options"]
 
 Command = Callable[..., None]
+
+
+class Choice(click.Choice[str]):
+    """One of several names; the error about another one says which is meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            meant = hint((param and param.name) or "", value, self.choices)
+            raise click.BadParameter(f"{error.message.rstrip('.')}{meant}", ctx, param) from None
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
@@ -26,7 +38,7 @@ Command = Callable[..., None]
 
 def options(*names: str) -> Callable[[Command], Command]:
     """The options of those names, in order, with the recipe's defaults."""
-    choose = click.Choice
+    choose = Choice
     rates = ", ".join(f"{k} {a:g}" + f" ({b:g} for numbers)" * (a != b) for k, (a, b) in RATES.items())
     every: dict[str, tuple[Any, str]] = {
         "hidden": (str, "Units of each hidden layer, between commas; \"\" for none."),
@@ -63,7 +75,7 @@ def table_options(command: Command) -> Command:
     """The options of what trains on a table: which column and how, and the recipe."""
     stack = (
         click.option("--target", metavar="NAME", help="The column of a CSV to learn."),
-        click.option("--task", type=click.Choice(["classification", "regression"]),
+        click.option("--task", type=Choice(["classification", "regression"]),
                      help="What the target means.  [default: text and integers are classes, floats numbers]"),
         options("hidden", "activation", "dropout", "epochs", "batch_size", "optimizer", "lr", "seed", "test", "dtype",
                 "precision", "clip_norm", "cuda_graph", "device"),

@@ -108,6 +108,12 @@ def test_what_other_libraries_call_it_is_answered_with_its_name_here(use, error,
         use()
 
 
+def test_the_command_line_recognises_names_too():
+    for option, name, meant in (("--activation", "rleu", "relu"), ("--optimizer", "adma", "adam")):
+        done = CliRunner().invoke(main, ["train", "digits", option, name])
+        assert done.exit_code == 2 and f"did you mean '{meant}'?" in " ".join(done.output.split())
+
+
 def theirs(name, module="torch.nn.modules"):
     return types.new_class(name, exec_body=lambda body: body.update(__module__=module, __call__=lambda *_: None))
 
