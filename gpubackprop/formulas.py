@@ -63,8 +63,10 @@ class Activation:
         return _graph(self.forward, self.constants, x or name("x"))
 
     def backward_graph(self) -> "Expr":
-        """The graph of dx = dy * derivative."""
-        return chain(name("dy"), _graph(self.derivative, self.constants, name("x")))
+        """The graph of dx = dy * derivative; a NaN that the derivative's comparisons would lose is dx itself."""
+        derivative = _graph(self.derivative, self.constants, name("x"))
+        dx, names = chain(name("dy"), derivative), free_names(derivative)
+        return dx if not names or derivative.keeps_nan else _unless_nan(name("y" if "y" in names else "x"), dx)
 
 
 def _rows(*rows: Any) -> dict[str, Any]:
@@ -97,7 +99,8 @@ ACTIVATIONS: dict[str, Activation] = _rows(
                         k=0.7978845608028654, c=0.044715),
     row("mish",         "x * tanh(softplus(x))",
                         "t = tanh(softplus(x))\nt + x * sigmoid(x) * (1 - t * t)"),
-    row("hard_sigmoid", "minimum(maximum(x / 6 + 0.5, 0), 1)",            "where(abs(y - 0.5) < 0.5, 1 / 6, 0)"),
+    row("hard_sigmoid", "minimum(maximum(x / 6 + 0.5, 0), 1)",  # y compared once: ptxas keeps its vectors whole
+                        "t = abs(y - 0.5)\nwhere(t < 0.5, 1 / 6, where(t >= 0.5, 0, t))"),
     row("hard_tanh",    "minimum(maximum(x, -1), 1)",                     "where(abs(y) < 1, 1, 0)"),
 )  # fmt: skip
 
@@ -125,16 +128,20 @@ class Binary:
     db: str
 
 
-# At a tie of maximum or minimum neither side gets a gradient, so that maximum(x, 0) and relu(x) agree at 0.
+# At a tie of maximum or minimum each side gets half of the gradient: their derivatives sum to 1, as those of any
+# subgradient do, and central differences agree. relu has a row of its own, whose derivative at 0 is 0. Where the
+# operands have no order one of them is NaN, and so is a + b.
 BINARY: dict[str, Binary] = _rows(
     Binary("add",       "a + b",          "dy",                               "dy"),
     Binary("subtract",  "a - b",          "dy",                               "-dy"),
     Binary("multiply",  "a * b",          "dy * b",                           "dy * a"),
     Binary("divide",    "a / b",          "dy / b",                           "-dy * y / b"),
-    Binary("power",     "pow(a, b)",      "where(b == 0, 0, dy * (b * pow(a, b - 1)))",
-                                          "where(a > 0, dy * (y * log(a)), 0)"),
-    Binary("maximum",   "maximum(a, b)",  "where(a > b, dy, 0)",              "where(b > a, dy, 0)"),
-    Binary("minimum",   "minimum(a, b)",  "where(a < b, dy, 0)",              "where(b < a, dy, 0)"),
+    Binary("power",     "pow(a, b)",      "where(b == 0, 0, where(a != a, a, dy * (b * pow(a, b - 1))))",
+                                          "where(a <= 0, where(b == b, 0, b), dy * (y * log(a)))"),
+    Binary("maximum",   "maximum(a, b)",  "where(a > b, dy, where(a < b, 0, where(a == b, 0.5 * dy, a + b)))",
+                                          "where(b > a, dy, where(b < a, 0, where(a == b, 0.5 * dy, a + b)))"),
+    Binary("minimum",   "minimum(a, b)",  "where(a < b, dy, where(a > b, 0, where(a == b, 0.5 * dy, a + b)))",
+                                          "where(b < a, dy, where(b > a, 0, where(a == b, 0.5 * dy, a + b)))"),
 )  # fmt: skip
 
 
@@ -205,11 +212,11 @@ class Penalty:
         return parse(f"total = weight * ({self.value})\ng += scale * ({self.derivative})")
 
 
-PENALTIES: dict[str, Penalty] = _rows(
-    Penalty("l1",          "l1 * abs(p)",              "where(p > 0, l1, where(p < 0, -l1, 0))"),
+PENALTIES: dict[str, Penalty] = _rows(  # the derivative of abs(p) is p where that is 0 or NaN
+    Penalty("l1",          "l1 * abs(p)",              "where(p > 0, l1, where(p < 0, -l1, p))"),
     Penalty("l2",          "0.5 * l2 * (p * p)",       "l2 * p"),
     Penalty("elastic_net", "l1 * abs(p) + 0.5 * l2 * (p * p)",
-                           "where(p > 0, l1, where(p < 0, -l1, 0)) + l2 * p"),
+                           "where(p > 0, l1, where(p < 0, -l1, p)) + l2 * p"),
 )  # fmt: skip
 
 
@@ -393,6 +400,11 @@ class Expr:
         return tuple(walk([self]))
 
     @cached_property
+    def keeps_nan(self) -> bool:
+        """Whether it is NaN where all that it reads is; a comparison may choose an arm that is not."""
+        return math.isnan(evaluate(self, dict.fromkeys(free_names(self), math.nan), _NAN))
+
+    @cached_property
     def text(self) -> str:
         """The graph as `describe` gives it."""
         return _described(self)
@@ -461,6 +473,11 @@ def chain(dy: Expr, derivative: Expr) -> Expr:
 def _factors(node: Expr) -> tuple[Expr, ...]:
     """The arguments into which a factor of the node is taken."""
     return node.args[1:] if node.op == "where" else node.args if node.op == "neg" else ()
+
+
+def _unless_nan(v: Expr, e: Expr) -> Expr:
+    """e, but v where that is NaN: the one value that is not itself."""
+    return apply("where", apply("!=", v, v), v, e)
 
 
 def parse(
@@ -659,6 +676,14 @@ _PYTHON: dict[str, Callable[..., Any]] = {f: getattr(math, f) for f in FUNCTIONS
     "neg": operator.neg, "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq, "!=": operator.ne,
 }  # fmt: skip
+
+
+def _nan_if_any(*args: float) -> float:
+    return math.nan if any(map(math.isnan, args)) else 0.0
+
+
+# Which values are NaN, as every backend has it: whether Python's max keeps one depends on the order of its arguments.
+_NAN = {op: f if op == "where" or op in COMPARISONS.values() else _nan_if_any for op, f in _PYTHON.items()}
 
 
 def evaluate(root: Expr, values: Mapping[str, Any], functions: Mapping[str, Callable[..., Any]] = _PYTHON) -> Any:

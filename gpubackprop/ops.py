@@ -157,7 +157,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
 
 
 def clip(x: Any, low: float, high: float) -> Tensor:
-    """x limited to [low, high]; no gradient at or beyond the limits."""
+    """x limited to [low, high], as minimum(maximum(x, low), high): the gradient is 0 beyond a limit, half at it."""
     if not (isinstance(low, Real) and isinstance(high, Real)):
         raise TypeError(f"clip: two numbers expected, got {low!r} and {high!r}; use maximum or minimum for one side")
     if not low <= high:
@@ -232,7 +232,7 @@ def _extremum(kind: str) -> Callable[..., Tensor]:
             tied = _fill_elementwise("ties", "where(x == y, 1, 0)", x, reads, new(x, x.shape))
             ties = _reduce("sum", x, tied, axes, new(x, kept))
             reads |= {"dy": dy.reshape(kept), "n": ties}
-            shared = graph("where(x == y, dy / n, 0)")
+            shared = graph("where(y != y, y, where(x == y, dy / n, 0))")  # a NaN has no order with any element
             grads.write(x, lambda dx, accumulate: x.backend.elementwise(
                 f"{kind} backward", shared, reads, {RESULT: dx}, accumulate=accumulate))  # fmt: skip
             release(tied)
@@ -241,7 +241,9 @@ def _extremum(kind: str) -> Callable[..., Tensor]:
         return result(y.reshape(kept if keepdims else _reduced(x, axes)), (x,), backprop)
 
     operation.__name__ = operation.__qualname__ = kind
-    operation.__doc__ = f"The {kind}imum over the axes (all by default); ties share the gradient equally."
+    operation.__doc__ = (
+        f"The {kind}imum over the axes (all by default); ties share the gradient equally, and a NaN spreads to it."
+    )
     return operation
 
 

@@ -359,11 +359,11 @@ def grad(function, *arrays):
 @pytest.mark.parametrize("function, arrays, expected", [
     (gb.relu, [[0.0, -0.0]], [0, 0]),
     (gb.abs, [[0.0]], [0]),
-    (gb.maximum, [[1.0, 2.0], [1.0, 1.0]], [[0, 1], [0, 0]]),  # at a tie neither side: maximum(x, 0) is relu(x)
-    (gb.minimum, [[1.0, 2.0], [1.0, 1.0]], [[0, 0], [0, 1]]),
+    (gb.maximum, [[1.0, 2.0], [1.0, 1.0]], [[0.5, 1], [0.5, 0]]),  # at a tie half to each side
+    (gb.minimum, [[1.0, 2.0], [1.0, 1.0]], [[0.5, 0], [0.5, 1]]),
     (gb.max, [[3.0, 3.0, 1.0]], [0.5, 0.5, 0]),  # ties of a reduction share
     (gb.min, [[3.0, 1.0, 1.0]], [0, 0.5, 0.5]),
-    (lambda x: x.clip(-1, 1), [[-1.0, 0.5, 1.0, 7.0]], [0, 1, 0, 0]),
+    (lambda x: x.clip(-1, 1), [[-1.0, 0.5, 1.0, 7.0]], [0.5, 1, 0.5, 0]),
     (lambda x: x**0, [[0.0, 2.0]], [0, 0]),
     (lambda x: x**1, [[0.0, -2.0]], [1, 1]),
     (lambda x: x**2, [[0.0, -2.0]], [0, -4]),

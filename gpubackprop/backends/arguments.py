@@ -42,8 +42,9 @@ class Formula:
 
     @property
     def reads(self) -> list[str]:
-        """The arrays it reads and does not write, but for those of one element."""
-        return [k for k in self.arrays if k not in self.graph and k not in self.single]
+        """The arrays it only reads, except those of one element, in the order of the kernel's strides."""
+        read = (k for k in free_names(*self.graph.values()) if k in self.arrays)
+        return [k for k in read if k not in self.graph and k not in self.single]
 
     @property
     def single(self) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class Register:
 
 @dataclass(frozen=True)
 class Instruction:
-    """out = op(args), op naming a ufunc or "copy"."""
+    """out = op(args), op naming a ufunc or "copy" (where the second argument is true, if there is one)."""
 
     op: str
     args: tuple[Register, ...]
@@ -81,6 +81,9 @@ class _Compiler:
             e: Register("write", key) for key, e in reversed(outputs)
             if e.args and (key not in inputs or self.last_use[inputs[key]] <= position[e])
         }  # fmt: skip
+        for e, place in [*targets.items()]:  # what NaNs are copied into goes there too
+            if _keeps_nan(e) and self.last_use[e.args[2]] == position[e] and place.key not in inputs:
+                targets[e.args[2]] = place
         saved: dict[str, Register] = {}  # outputs that are what another output's buffer held before
         for key, e in outputs:
             if e.op == "name" and any(e.value == other != key for other, _ in outputs):
@@ -93,7 +96,7 @@ class _Compiler:
                 self._select(i, node, targets.get(node))
             else:
                 args = tuple(self.place[a] for a in node.args)
-                self._release(i, node)  # a ufunc may write over its own argument
+                self._release(i, node.args)  # a ufunc may write over its own argument
                 out = targets.get(node) or self._new("mask" if node.op in COMPARISONS.values() else "scratch")
                 self._emit(node.op, args, out)
                 self.place[node] = out
@@ -115,13 +118,20 @@ class _Compiler:
         if register.kind in self.free:
             self.free[register.kind].append(int(register.key))
 
-    def _release(self, i: int, node: Expr) -> None:
-        for a in dict.fromkeys(node.args):
+    def _release(self, i: int, args: tuple[Expr, ...]) -> None:
+        for a in dict.fromkeys(args):
             if self.last_use[a] == i:
                 self._drop(self.place[a])
 
     def _select(self, i: int, node: Expr, target: Register | None) -> None:
-        """where(c, a, b) = b ^ ((a ^ b) & -c) on the bits, less for an arm of 0; masked copies are ten times slower."""
+        """where(c, a, b) = b ^ ((a ^ b) & -c) on the bits, less for an arm of 0; masked copies are ten times slower,
+        but where nothing is copied: NaNs are few."""
+        held = self.place[node.args[2]]
+        if _keeps_nan(node) and held.kind in ("scratch", "write") and self.last_use[node.args[2]] == i:
+            self._emit("copy", (Register("number", "nan"), self.place[node.args[0]]), held)
+            self._release(i, node.args[:2])
+            self.place[node] = held
+            return
         c, a, b = (self.place[x].as_bits for x in node.args)
         mask = self._new("scratch").as_bits
         zero = Register("number", "0.0", bits=True)
@@ -140,8 +150,13 @@ class _Compiler:
             self._emit("^", (difference, b), out.as_bits)
             self._drop(difference)
         self._drop(mask)
-        self._release(i, node)
+        self._release(i, node.args)
         self.place[node] = out
+
+
+def _keeps_nan(node: Expr) -> bool:
+    """Whether the node is where(v != v, v, …), as formulas make it for NaNs."""
+    return node.op == "where" and node.args[0].op == "!=" and node.args[0].args == (node.args[1],) * 2
 
 
 def _leaf(node: Expr) -> Register:
@@ -223,7 +238,7 @@ class _Frame:
         """The instruction as a call without arguments."""
         args, out = [self.array(r) for r in step.args], self.array(step.out)
         if step.op == "copy":
-            return partial(np.copyto, out, args[0])
+            return partial(np.copyto, out, args[0], where=args[1] if args[1:] else True)
         if step.op in ("maximum", "minimum"):  # a scalar operand takes NumPy's slow loop (3x); out= must be a keyword
             args = [self._spread(r, a) for r, a in zip(step.args, args, strict=True)]
             return partial(UFUNCS[step.op], *args, out=out)
