@@ -171,6 +171,14 @@ class LayerNorm(Layer):
         return fused.layer_norm(x, self.gain, self.bias, self.eps)
 
 
+# Where rounding would leave r as it is, short of what it follows, it becomes that: a constant is reached exactly.
+_FOLLOW = """
+t = minimum(f * b, top)
+step = half * t - half * r
+r = where(r + step + step == r, t, r + step + step)
+"""
+
+
 class BatchNorm(Layer):
     """gain · (x − mean) / √(var + eps) + bias per column: batch statistics in training, running ones in inference.
 
@@ -192,16 +200,16 @@ class BatchNorm(Layer):
             return (x - self.mean) * (self.gain / ops.sqrt(self.variance + self.eps)) + self.bias
         y, mean, variance = fused.batch_norm(x, self.gain, self.bias, self.eps)
         n = x.shape[0]
-        self._follow(self.mean, mean, self.momentum, self.momentum)
-        self._follow(self.variance, variance, self.momentum, self.momentum * n / (n - 1))
+        self._follow(self.mean, mean, 1.0)
+        self._follow(self.variance, variance, n / (n - 1))
         return y
 
-    def _follow(self, running: Parameter, batch: Any, decay: float, share: float) -> None:
-        """running += share · batch − decay · running."""
+    def _follow(self, running: Parameter, batch: Any, factor: float) -> None:
+        """running += momentum · (factor · batch − running), in halves that do not overflow."""
         back, r = running.backend, running.master
-        d, s = (back.asarray(np.array(v, r.dtype)) for v in (decay, share))
-        reads = {"r": r, "b": batch, "d": d, "s": s}
-        run(r, partial(back.elementwise, "running statistics", graph("r += s * b - d * r"), reads, {"r": r}))
+        numbers = {"half": self.momentum / 2, "f": factor, "top": np.finfo(r.dtype).max}
+        reads = {"r": r, "b": batch} | {k: back.asarray(np.array(v, r.dtype)) for k, v in numbers.items()}
+        run(r, partial(back.elementwise, "running statistics", {"r": graph(_FOLLOW)["r"]}, reads, {"r": r}))
 
 
 class Scaler(Layer):

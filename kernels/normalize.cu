@@ -1,8 +1,13 @@
 // Layer norm and batch norm, forward and backward, each in one launch:
 //     out = gain · x̂ + bias  with  x̂ = (x − mean) · rstd,  rstd = 1 / √(variance + eps);
 //     dx = rstd · (d − mean(d) − x̂ · mean(d · x̂))  with  d = gain · dy;  dgain = Σ_rows dy · x̂,  dbias = Σ_rows dy,
-// the statistics along the rows of (rows, columns) for layer norm, along the columns for batch norm, the variance from
-// centred x. x̂ is computed again rather than stored. dx, dgain and dbias may be NULL.
+// the statistics along the rows of (rows, columns) for layer norm, along the columns for batch norm. x̂ is computed
+// again rather than stored, from halves, whose difference does not overflow. dx, dgain and dbias may be NULL.
+//
+// The mean is that of the differences from a line's first element, corrected by the mean of what it leaves, and the
+// variance is corrected by the same (Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance"). So a line of
+// equal elements has its element as mean and 0 as variance. A line whose squares overflow is summed again, scaled by a
+// power of two; its variance is at most the largest number.
 //
 // Bytes per element: layer_norm_forward T + T, layer_norm_backward T + T + T, batch_norm_forward T + T,
 // batch_norm_backward T + T + T. This is so while registers hold what a thread owns of a line: HELD elements of x, or
@@ -27,6 +32,23 @@ constexpr int W = LANES;               // consecutive columns that a thread has
 constexpr int HELD = 128 / sizeof(R);  // elements of an array that it keeps in registers
 constexpr int K = HELD / W;
 constexpr Word GROUP = 16;
+constexpr R HALF = R(0.5);
+#ifdef FLOAT64
+constexpr R SMALL = R(0x1p-768), LARGEST = R(0x1.fffffffffffffp1023);
+#else
+constexpr R SMALL = R(0x1p-96), LARGEST = R(0x1.fffffep127);
+#endif
+
+// The statistics of a line from sums over all of x times `unit`: of x − centre, and of its squares.
+struct Statistics {
+    R mean, variance, rstd;
+    DEVICE void set(R centre, R sum, R squares, R share, R eps, R unit) {
+        const R rest = sum * share, spread = (squares - sum * rest) * share, v = spread / unit / unit;
+        mean = (centre + rest) / unit;
+        variance = v > LARGEST ? LARGEST : v;
+        rstd = unit / sqrt(spread + eps * unit * unit);
+    }
+};
 
 // ---- layer norm -----------------------------------------------------------------------------------------------------
 
@@ -43,31 +65,45 @@ DEVICE void layer_norm_rows(T* out, R* mean, R* variance, R* rstd, const T* x, c
     const auto fetch = [&](int k, int at) {
         if (!held) v[k] = read<VECTORS, W>(x + start + at, end - at);
     };
-    R sum = 0, squares = 0;
-    sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int) {
-        const Vector<W> from = values(v[k]);
-        UNROLL for (int lane = 0; lane < W; ++lane) sum += from[lane];
-    });
-    held = WHOLE;
-    const R centre = across_team(sum, Add(), R(0)) * share;
-    sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int at) {
-        const Vector<W> from = values(v[k]);
-        UNROLL for (int lane = 0; lane < W; ++lane) {
-            const R d = from[lane] - centre;
-            if (VECTORS || at + lane < end) squares += d * d;
-        }
-    });
-    const R spread = across_team(squares, Add(), R(0)) * share, scale = R(1) / sqrt(spread + eps);
+    const R top = end > 0 ? R(x[start]) : R(0);
+    Statistics of_row;
+    R unit = 1;
+    ROLLED for (int turn = 0; turn < 2; ++turn) {
+        R sum = 0, rest = 0, squares = 0;
+        sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int at) {
+            const Vector<W> from = values(v[k]);
+            UNROLL for (int lane = 0; lane < W; ++lane) {
+                if (VECTORS || at + lane < end) sum += from[lane] * unit - top * unit;
+            }
+        });
+        held = WHOLE;
+        const R centre = top * unit + across_team(sum, Add(), R(0)) * share;
+        sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int at) {
+            const Vector<W> from = values(v[k]);
+            UNROLL for (int lane = 0; lane < W; ++lane) {
+                const R d = VECTORS || at + lane < end ? from[lane] * unit - centre : R(0);
+                rest += d;
+                squares += d * d;
+            }
+        });
+        rest = across_team(rest, Add(), R(0));
+        squares = across_team(squares, Add(), R(0));
+        of_row.set(centre, rest, squares, share, eps, unit);
+        const bool again = !(squares < R(INFINITY));
+        if (!__any_sync(ALL, again)) break;  // teams of a warp go on together, and those of a block are alike
+        if (again) unit = SMALL;
+    }
+    const R centre = of_row.mean * HALF, scale = of_row.rstd * 2;
     sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int at) {
         const Vector<W> g = load<VECTORS, W>(gain + at, end - at), b = load<VECTORS, W>(bias + at, end - at);
         Vector<W> y = values(v[k]);
-        UNROLL for (int lane = 0; lane < W; ++lane) y[lane] = (y[lane] - centre) * scale * g[lane] + b[lane];
+        UNROLL for (int lane = 0; lane < W; ++lane) y[lane] = (y[lane] * HALF - centre) * scale * g[lane] + b[lane];
         put<VECTORS>(out + start + at, y, end - at);
     });
     if (end == 0 || threadIdx.x > 0) return;
-    mean[row] = centre;
-    variance[row] = spread;
-    rstd[row] = scale;
+    mean[row] = of_row.mean;
+    variance[row] = of_row.variance;
+    rstd[row] = of_row.rstd;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_forward(T* __restrict__ out, R* __restrict__ mean,
@@ -110,7 +146,7 @@ DEVICE void layer_norm_backward_rows(T* dx, R* sums, const T* dy, const T* x, co
     for (Index top = start; top < rows; top += gridDim.x * Index(blockDim.y)) {
         const Index row = top + threadIdx.y, base = row * columns;
         const int end = row < rows ? columns : 0;  // all threads take part in the sums
-        const R centre = end > 0 ? mean[row] : R(0), scale = end > 0 ? rstd[row] : R(0);
+        const R centre = end > 0 ? mean[row] * HALF : R(0), scale = end > 0 ? rstd[row] : R(0), twice = scale * 2;
         Packed<W, T> of_x[N], of_dy[N];
         bool held = false;
         const auto fetch = [&](int k, int at) {
@@ -127,7 +163,8 @@ DEVICE void layer_norm_backward_rows(T* dx, R* sums, const T* dy, const T* x, co
                 to_bias[k] = more ? load<VECTORS, W>(sums + columns + at, end - at) : Vector<W>();
             }
             UNROLL for (int lane = 0; lane < W; ++lane) {
-                const R xhat = (a[lane] - centre) * scale, d = b[lane] * g[lane];
+                const R xhat = VECTORS || at + lane < end ? (a[lane] * HALF - centre) * twice : R(0);
+                const R d = b[lane] * g[lane];
                 sum += d;
                 product += d * xhat;
                 to_gain[k][lane] += b[lane] * xhat;
@@ -147,7 +184,7 @@ DEVICE void layer_norm_backward_rows(T* dx, R* sums, const T* dy, const T* x, co
             const Vector<W> a = values(of_x[k]), b = values(of_dy[k]), g = load<VECTORS, W>(gain + at, end - at);
             Vector<W> v;
             UNROLL for (int lane = 0; lane < W; ++lane) {
-                const R xhat = (a[lane] - centre) * scale;
+                const R xhat = (a[lane] * HALF - centre) * twice;
                 v[lane] = (b[lane] * g[lane] - sum - xhat * product) * scale;
             }
             put<VECTORS>(dx + base + at, v, end - at, accumulate);
@@ -216,38 +253,57 @@ DEVICE void batch_norm_columns(T* out, R* mean, R* variance, R* rstd, const T* x
     const auto fetch = [&](int k, Index at) {
         if (!held) v[k] = read<VECTORS, W>(x + at, left);
     };
-    Vector<W> centre = {}, spread = {}, scale;
-    sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
-        const Vector<W> from = values(v[k]);
-        UNROLL for (int lane = 0; lane < W; ++lane) centre[lane] += from[lane];
-    });
-    held = WHOLE;
-    centre = down(centre, Add());
-    UNROLL for (int lane = 0; lane < W; ++lane) centre[lane] *= share;
-    sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
-        const Vector<W> from = values(v[k]);
+    const Vector<W> top = load<false, W>(x + column, left);
+    Vector<W> unit, centre, spread, scale;
+    UNROLL for (int lane = 0; lane < W; ++lane) unit[lane] = 1;
+    ROLLED for (int turn = 0; turn < 2; ++turn) {
+        Vector<W> sum = {}, rest = {}, squares = {};
+        sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
+            const Vector<W> from = values(v[k]);
+            UNROLL for (int lane = 0; lane < W; ++lane) sum[lane] += from[lane] * unit[lane] - top[lane] * unit[lane];
+        });
+        held = WHOLE;
+        sum = down(sum, Add());
+        UNROLL for (int lane = 0; lane < W; ++lane) sum[lane] = top[lane] * unit[lane] + sum[lane] * share;
+        sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
+            const Vector<W> from = values(v[k]);
+            UNROLL for (int lane = 0; lane < W; ++lane) {
+                const R d = from[lane] * unit[lane] - sum[lane];
+                rest[lane] += d;
+                squares[lane] += d * d;
+            }
+        });
+        rest = down(rest, Add());
+        squares = down(squares, Add());
+        bool again = false;
         UNROLL for (int lane = 0; lane < W; ++lane) {
-            spread[lane] += (from[lane] - centre[lane]) * (from[lane] - centre[lane]);
+            Statistics of_column;
+            of_column.set(sum[lane], rest[lane], squares[lane], share, eps, unit[lane]);
+            centre[lane] = of_column.mean;
+            spread[lane] = of_column.variance;
+            scale[lane] = of_column.rstd;
+            if (!(squares[lane] < R(INFINITY))) unit[lane] = SMALL, again = true;
         }
-    });
-    spread = down(spread, Add());
+        if (across_block(R(again), Maximum(), R(0)) == 0) break;  // all threads take part in the sums
+    }
     if (left <= 0) return;
+    if (threadIdx.y == 0) {
+        put<false>(mean + column, centre, left);
+        put<false>(variance + column, spread, left);
+        put<false>(rstd + column, scale, left);
+    }
     UNROLL for (int lane = 0; lane < W; ++lane) {
-        spread[lane] *= share;
-        scale[lane] = R(1) / sqrt(spread[lane] + eps);
+        centre[lane] *= HALF;
+        scale[lane] *= 2;
     }
     const Vector<W> g = load<VECTORS, W>(gain + column, left), b = load<VECTORS, W>(bias + column, left);
     sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index at) {
         Vector<W> y = values(v[k]);
         UNROLL for (int lane = 0; lane < W; ++lane) {
-            y[lane] = (y[lane] - centre[lane]) * scale[lane] * g[lane] + b[lane];
+            y[lane] = (y[lane] * HALF - centre[lane]) * scale[lane] * g[lane] + b[lane];
         }
         put<VECTORS>(out + at, y, left);
     });
-    if (threadIdx.y > 0) return;
-    put<false>(mean + column, centre, left);
-    put<false>(variance + column, spread, left);
-    put<false>(rstd + column, scale, left);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_forward(T* __restrict__ out, R* __restrict__ mean,
@@ -272,7 +328,12 @@ DEVICE void batch_norm_backward_columns(T* dx, R* dgain, R* dbias, const T* dy, 
     const Index first = threadIdx.y * columns + column, step = blockDim.y * columns;
     const Index end = left > 0 ? rows * columns : 0;
     const R share = R(1) / R(rows);
-    const Vector<W> centre = load<false, W>(mean + column, left), scale = load<false, W>(rstd + column, left);
+    const Vector<W> scale = load<false, W>(rstd + column, left);
+    Vector<W> centre = load<false, W>(mean + column, left), twice = scale;
+    UNROLL for (int lane = 0; lane < W; ++lane) {
+        centre[lane] *= HALF;
+        twice[lane] *= 2;
+    }
     Packed<W, T> of_x[N], of_dy[N];
     bool held = false;
     const auto fetch = [&](int k, Index at) {
@@ -285,7 +346,7 @@ DEVICE void batch_norm_backward_columns(T* dx, R* dgain, R* dbias, const T* dy, 
         const Vector<W> a = values(of_x[k]), b = values(of_dy[k]);
         UNROLL for (int lane = 0; lane < W; ++lane) {
             sum[lane] += b[lane];
-            product[lane] += b[lane] * ((a[lane] - centre[lane]) * scale[lane]);
+            product[lane] += b[lane] * ((a[lane] * HALF - centre[lane]) * twice[lane]);
         }
     });
     held = WHOLE;
@@ -306,7 +367,7 @@ DEVICE void batch_norm_backward_columns(T* dx, R* dgain, R* dbias, const T* dy, 
         const Vector<W> a = values(of_x[k]), b = values(of_dy[k]);
         Vector<W> v;
         UNROLL for (int lane = 0; lane < W; ++lane) {
-            const R xhat = (a[lane] - centre[lane]) * scale[lane];
+            const R xhat = (a[lane] * HALF - centre[lane]) * twice[lane];
             v[lane] = (b[lane] * g[lane] - sum[lane] - xhat * product[lane]) * scale[lane];
         }
         put<VECTORS>(dx + at, v, left, accumulate_dx);

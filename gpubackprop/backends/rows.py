@@ -1,5 +1,6 @@
 """Row-wise kernels of the reference: softmax with cross-entropy, normalisation, draws, as lists of NumPy calls."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -126,18 +127,61 @@ def _weighed(x: Array, w: Array | None) -> list[Call]:
 def normalize(
     axis: int, eps: float, x: Array, gain: Array, bias: Array, out: Array, mean: Array, variance: Array, rstd: Array
 ) -> list[Call]:
-    """out = gain · (x − mean) / √(variance + eps) + bias, statistics along the axis; the variance from centred x."""
-    keep = tuple(1 if i == axis else n for i, n in enumerate(x.shape))
-    centre, spread, scale = (a.reshape(keep) for a in (mean, variance, rstd))
-    centred = np.empty_like(x)
-    share, small, one = (np.array(v, x.dtype) for v in (1 / x.shape[axis], eps, 1))
+    """out = gain · (x − mean) / √(variance + eps) + bias, statistics along the axis."""
+    work, centre, scale = np.empty_like(x), np.expand_dims(mean, axis), np.expand_dims(rstd, axis)
+    small = 2.0 ** -(np.finfo(x.dtype).maxexp * 3 // 4)
+
+    def mend() -> None:
+        """Lines whose squares overflow again, scaled by a power of two."""
+        if (lines := np.flatnonzero(~np.isfinite(variance))).size:
+            part = x.take(lines, 1 - axis) * x.dtype.type(small)
+            m, v, r = (np.empty(lines.size, x.dtype) for _ in range(3))
+            for call in _statistics(axis, eps * small**2, part, m, v, r, np.empty_like(part)):
+                call()
+            mean[lines], rstd[lines] = m / small, r * small
+            variance[lines] = np.minimum(v / small / small, np.finfo(x.dtype).max)
+            at = (lines, slice(None)) if axis else (slice(None), lines)
+            own = (gain, bias) if axis else (gain[lines], bias[lines])
+            out[at] = (part - np.expand_dims(m, axis)) * np.expand_dims(r, axis) * own[0] + own[1]
+
     return [
-        partial(np.add.reduce, x, axis, None, centre, True), partial(np.multiply, centre, share, centre),
-        partial(np.subtract, x, centre, centred), partial(np.multiply, centred, centred, out),
-        partial(np.add.reduce, out, axis, None, spread, True), partial(np.multiply, spread, share, spread),
+        *_statistics(axis, eps, x, mean, variance, rstd, work), partial(np.subtract, x, centre, work),
+        partial(np.multiply, work, scale, work), partial(np.multiply, work, gain, out), partial(np.add, out, bias, out),
+        mend,
+    ]  # fmt: skip
+
+
+def _statistics(axis: int, eps: float, x: Array, mean: Array, variance: Array, rstd: Array, work: Array) -> list[Call]:
+    """Mean, variance and 1 / √(variance + eps) along the axis.
+
+    The mean is that of the differences from a line's first element, corrected by the mean of what it leaves, and the
+    variance is corrected by the same (Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance"): of equal
+    elements they are that element and 0.
+    """
+    centre, spread, scale = (np.expand_dims(a, axis) for a in (mean, variance, rstd))
+    top, rest = (x[:, :1] if axis else x[:1]), np.empty_like(centre)
+    height = max(1, math.isqrt(len(x)))  # of blocks of rows, which NumPy adds one by one
+    blocks, left = np.split(work, [len(x) // height * height])
+    blocks = blocks.reshape(-1, height, x.shape[1])
+    parts = np.empty((len(blocks) + 1, x.shape[1]), x.dtype)
+    share, small, one = (np.array(v, x.dtype) for v in (1 / x.shape[axis], eps, 1))
+
+    def total(out: Array) -> list[Call]:
+        if axis:
+            return [partial(np.add.reduce, work, 1, None, out, True)]
+        return [
+            partial(np.add.reduce, blocks, 1, None, parts[:-1]), partial(np.add.reduce, left, 0, None, parts[-1]),
+            partial(np.add.reduce, parts, 0, None, out, True),
+        ]  # fmt: skip
+
+    return [
+        partial(np.subtract, x, top, work), *total(centre),
+        partial(np.multiply, centre, share, centre), partial(np.add, top, centre, centre),
+        partial(np.subtract, x, centre, work), *total(rest),
+        partial(np.multiply, rest, share, rest), partial(np.add, centre, rest, centre),
+        partial(np.multiply, rest, rest, rest), partial(np.multiply, work, work, work),
+        *total(spread), partial(np.multiply, spread, share, spread), partial(np.subtract, spread, rest, spread),
         partial(np.add, spread, small, scale), partial(np.sqrt, scale, scale), partial(np.divide, one, scale, scale),
-        partial(np.multiply, centred, scale, centred), partial(np.multiply, centred, gain, out),
-        partial(np.add, out, bias, out),
     ]  # fmt: skip
 
 
@@ -149,7 +193,12 @@ def normalize_backward(
     keep = tuple(1 if i == axis else n for i, n in enumerate(dy.shape))
     centre, scale = mean.reshape(keep), rstd.reshape(keep)
     work, xhat, part = np.empty_like(dy), np.empty_like(dy), np.empty(keep, dy.dtype)
-    calls: list[Call] = [partial(np.subtract, x, centre, xhat), partial(np.multiply, xhat, scale, xhat)]
+    half, two = np.array(0.5, dy.dtype), np.array(2, dy.dtype)
+    calls: list[Call] = [  # x − mean may overflow, half of each may not
+        partial(np.multiply, x, half, xhat), partial(np.multiply, centre, half, part),
+        partial(np.subtract, xhat, part, xhat), partial(np.multiply, scale, two, part),
+        partial(np.multiply, xhat, part, xhat),
+    ]  # fmt: skip
     if dbias is not None:
         calls += column_sum(dy, dbias, accumulate[2])
     if dgain is not None:

@@ -1,12 +1,30 @@
 // Layer norm (a row's own statistics) and batch norm (a column's), forward and backward; see Backend.normalize.
 //
-// The variance is that of the centred elements. Sums over the rows go in blocks of HEIGHT, and the blocks in order.
+// The mean is that of the differences from a line's first element, corrected by the mean of what it leaves; the variance
+// is corrected by the same (Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance"). So a line of equal
+// elements has its element as mean and 0 as variance. A line whose squares overflow is seen once more, scaled by a power
+// of two. Sums over the rows go in blocks of HEIGHT, and the blocks in order.
 #include "host.h"
 
 namespace gpubackprop {
 namespace {
 
 constexpr Index HEIGHT = 64, WIDTH = 128;  // rows of a block; columns of a strip, which has a core of its own
+
+constexpr R HALF = R(0.5);  // x − mean may overflow, half of each may not
+#ifdef FLOAT64
+constexpr R SMALL = R(0x1p-768), LARGEST = R(0x1.fffffffffffffp1023);
+#else
+constexpr R SMALL = R(0x1p-96), LARGEST = R(0x1.fffffep127);
+#endif
+
+// What is left of a line's sums: all of x times `scale`, `centre` the first mean, sums of the centred and their squares.
+static inline void conclude(R& mean, R& variance, R& rstd, R centre, R sum, R squares, R share, R eps, R scale) {
+    const R rest = sum * share, spread = (squares - sum * rest) * share, v = spread / scale / scale;
+    mean = (centre + rest) / scale;
+    variance = v > LARGEST ? LARGEST : v;
+    rstd = scale / sqrt(spread + eps * scale * scale);
+}
 
 // Σ over all rows of value(row, column), for `width` columns, into sums.
 template <typename Value>
@@ -19,6 +37,24 @@ static inline void sum_rows(Index rows, Index width, R* sums, const Value& value
             LOOP for (Index c = 0; c < width; ++c) block[c] += value(row, c);
         }
         for (Index c = 0; c < width; ++c) sums[c] += block[c];
+    }
+}
+
+// Σ value(row, column) and Σ value² in the same way.
+template <typename Value>
+static inline void sum_squares(Index rows, Index width, R* sums, R* squares, const Value& value) {
+    R block[WIDTH], block_squares[WIDTH];
+    for (Index c = 0; c < width; ++c) sums[c] = squares[c] = 0;
+    for (Index first = 0; first < rows; first += HEIGHT) {
+        for (Index c = 0; c < width; ++c) block[c] = block_squares[c] = 0;
+        for (Index row = first; row < rows && row < first + HEIGHT; ++row) {
+            LOOP for (Index c = 0; c < width; ++c) {
+                const R v = value(row, c);
+                block[c] += v;
+                block_squares[c] += v * v;
+            }
+        }
+        for (Index c = 0; c < width; ++c) sums[c] += block[c], squares[c] += block_squares[c];
     }
 }
 
@@ -36,38 +72,71 @@ struct Normalize {
     Index rows, columns;
 
     void layer() const {
-        const R share = R(1) / R(columns);
         each((rows + HEIGHT - 1) / HEIGHT, worth(rows * columns, 8), [&](Index i) {
             for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {
                 const R* const from = x + row * columns;
                 R* const to = out + row * columns;
-                const R m = sum_each(columns, [&](Index c) { return from[c]; }) * share;
-                const R v = sum_each(columns, [&](Index c) { return (from[c] - m) * (from[c] - m); }) * share;
-                const R r = R(1) / sqrt(v + *eps);
-                mean[row] = m, variance[row] = v, rstd[row] = r;
-                LOOP for (Index c = 0; c < columns; ++c) to[c] = (from[c] - m) * r * gain[c] + bias[c];
+                if (!of_row(row, R(1), [&](Index c) { return from[c]; })) {
+                    of_row(row, SMALL, [&](Index c) { return from[c] * SMALL; });
+                }
+                const R m = mean[row] * HALF, r = rstd[row] * 2;
+                LOOP for (Index c = 0; c < columns; ++c) to[c] = (from[c] * HALF - m) * r * gain[c] + bias[c];
             }
         });
     }
 
+    // The statistics of a row from its elements times `scale`; whether its squares did not overflow.
+    template <typename Element>
+    bool of_row(Index row, R scale, const Element& element) const {
+        const R share = R(1) / R(columns), top = element(0);
+        const R centre = top + sum_each(columns, [&](Index c) { return element(c) - top; }) * share;
+        R squares = 0;
+        const R sum = sum_filled(columns, [&](R* values, Index at, Index n) {
+            R of_values[LENGTH];
+            LOOP for (Index i = 0; i < n; ++i) {
+                values[i] = element(at + i) - centre;
+                of_values[i] = values[i] * values[i];
+            }
+            squares += sum_of(of_values, n);
+        });
+        conclude(mean[row], variance[row], rstd[row], centre, sum, squares, share, *eps, scale);
+        return squares < R(INFINITY);
+    }
+
     void batch() const {
-        const R share = R(1) / R(rows);
         strips(rows, columns, [&](Index first, Index width) {
             const R *from = x + first, *g = gain + first, *b = bias + first;
-            R *m = mean + first, *v = variance + first, *r = rstd + first;
-            sum_rows(rows, width, m, [&](Index row, Index c) { return from[row * columns + c]; });
-            LOOP for (Index c = 0; c < width; ++c) m[c] *= share;
-            sum_rows(rows, width, v, [&](Index row, Index c) {
-                const R centred = from[row * columns + c] - m[c];
-                return centred * centred;
-            });
-            LOOP for (Index c = 0; c < width; ++c) v[c] *= share, r[c] = R(1) / sqrt(v[c] + *eps);
+            R scale[WIDTH], m[WIDTH], r[WIDTH];
+            for (Index c = 0; c < width; ++c) scale[c] = 1;
+            if (!of_strip(first, width, scale, [&](Index row, Index c) { return from[row * columns + c]; })) {
+                of_strip(first, width, scale, [&](Index row, Index c) { return from[row * columns + c] * scale[c]; });
+            }
+            LOOP for (Index c = 0; c < width; ++c) m[c] = mean[first + c] * HALF, r[c] = rstd[first + c] * 2;
             for (Index row = 0; row < rows; ++row) {
                 const R* const in = from + row * columns;
                 R* const to = out + row * columns + first;
-                LOOP for (Index c = 0; c < width; ++c) to[c] = (in[c] - m[c]) * r[c] * g[c] + b[c];
+                LOOP for (Index c = 0; c < width; ++c) to[c] = (in[c] * HALF - m[c]) * r[c] * g[c] + b[c];
             }
         });
+    }
+
+    // The statistics of a strip of columns from its elements times `scale`; whether no column's squares overflowed, else
+    // with the scale to take for it.
+    template <typename Element>
+    bool of_strip(Index first, Index width, R* scale, const Element& element) const {
+        const R share = R(1) / R(rows);
+        R top[WIDTH], centre[WIDTH], sums[WIDTH], squares[WIDTH];
+        for (Index c = 0; c < width; ++c) top[c] = element(0, c);
+        sum_rows(rows, width, centre, [&](Index row, Index c) { return element(row, c) - top[c]; });
+        LOOP for (Index c = 0; c < width; ++c) centre[c] = top[c] + centre[c] * share;
+        sum_squares(rows, width, sums, squares, [&](Index row, Index c) { return element(row, c) - centre[c]; });
+        bool good = true;
+        for (Index c = 0; c < width; ++c) {
+            const Index at = first + c;
+            conclude(mean[at], variance[at], rstd[at], centre[c], sums[c], squares[c], share, *eps, scale[c]);
+            if (!(squares[c] < R(INFINITY))) good = false, scale[c] = SMALL;
+        }
+        return good;
     }
 };
 
@@ -85,16 +154,16 @@ struct Backward {
             memset(of_gain, 0, size_t(2 * columns) * sizeof(R));
             for (Index row = i * HEIGHT; row < rows && row < (i + 1) * HEIGHT; ++row) {
                 const R *const d = dy + row * columns, *const from = x + row * columns;
-                const R m = mean[row], r = rstd[row];
+                const R m = mean[row] * HALF, r = rstd[row], twice = r * 2;
                 LOOP for (Index c = 0; c < columns; ++c) {
-                    of_gain[c] += d[c] * ((from[c] - m) * r);
+                    of_gain[c] += d[c] * ((from[c] * HALF - m) * twice);
                     of_bias[c] += d[c];
                 }
                 if (dx == nullptr) continue;
                 const R a = sum_each(columns, [&](Index c) { return d[c] * gain[c]; }) * share;
-                const R b = sum_each(columns, [&](Index c) { return d[c] * gain[c] * ((from[c] - m) * r); }) * share;
+                const R b = sum_each(columns, [&](Index c) { return d[c] * gain[c] * ((from[c] * HALF - m) * twice); }) * share;
                 assign(dx + row * columns, columns, [&](Index c) {
-                    return (d[c] * gain[c] - a - (from[c] - m) * r * b) * r;
+                    return (d[c] * gain[c] - a - (from[c] * HALF - m) * twice * b) * r;
                 });
             }
         });
@@ -110,18 +179,19 @@ struct Backward {
     void batch() const {
         const R share = R(1) / R(rows);
         strips(rows, columns, [&](Index first, Index width) {
-            const R *d = dy + first, *from = x + first, *g = gain + first, *m = mean + first, *r = rstd + first;
-            R of_gain[WIDTH], of_bias[WIDTH], a[WIDTH], b[WIDTH];
+            const R *d = dy + first, *from = x + first, *g = gain + first, *r = rstd + first;
+            R of_gain[WIDTH], of_bias[WIDTH], a[WIDTH], b[WIDTH], m[WIDTH], twice[WIDTH];
+            LOOP for (Index c = 0; c < width; ++c) m[c] = mean[first + c] * HALF, twice[c] = r[c] * 2;
             sum_rows(rows, width, of_bias, [&](Index row, Index c) { return d[row * columns + c]; });
             sum_rows(rows, width, of_gain, [&](Index row, Index c) {
-                return d[row * columns + c] * ((from[row * columns + c] - m[c]) * r[c]);
+                return d[row * columns + c] * ((from[row * columns + c] * HALF - m[c]) * twice[c]);
             });
             LOOP for (Index c = 0; c < width; ++c) a[c] = of_bias[c] * g[c] * share, b[c] = of_gain[c] * g[c] * share;
             for (Index c = 0; c < width; ++c) finish(first + c, of_gain[c], of_bias[c]);
             for (Index row = 0; row < rows && dx != nullptr; ++row) {
                 const R *const in = from + row * columns, *const of = d + row * columns;
                 assign(dx + row * columns + first, width, [&](Index c) {
-                    return (of[c] * g[c] - a[c] - (in[c] - m[c]) * r[c] * b[c]) * r[c];
+                    return (of[c] * g[c] - a[c] - (in[c] * HALF - m[c]) * twice[c] * b[c]) * r[c];
                 });
             }
         });
