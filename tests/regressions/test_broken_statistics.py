@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gpubackprop as gb
+from gpubackprop.model import current_mode
 
 DEVICES = ["cpu", "cpu:reference", "cuda"]
 RNG = np.random.default_rng(3)
@@ -17,9 +18,20 @@ FILLED = X.copy()
 FILLED[7, 1] = 1e20  # the fill value of climate data, whose square is no float32
 
 
-def model(hidden=False):
+class Fragile(gb.BatchNorm):
+    """Batch norm whose running variance is NaN after values whose squares float32 cannot hold; the loss does not show."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if current_mode().training:
+            squares = (x * x).sum(axis=0)
+            self._follow(self.variance, (squares - squares + 1).buffer, 1.0)
+        return y
+
+
+def model(hidden=False, norm=Fragile):
     first = [gb.Dense(3, 3, "relu")] if hidden else []
-    return gb.Sequential(*first, gb.BatchNorm(3), gb.Dense(3, 4, "tanh"), gb.Dense(4, 2))
+    return gb.Sequential(*first, norm(3), gb.Dense(3, 4, "tanh"), gb.Dense(4, 2))
 
 
 class Masked(gb.Layer):
@@ -27,7 +39,7 @@ class Masked(gb.Layer):
 
     def __init__(self):
         self.dense = gb.Dense(3, 3)
-        self.norm = gb.BatchNorm(3)
+        self.norm = Fragile(3)
         self.mask = gb.Parameter((3,), np.array([0, 0, -np.inf]), trainable=False)
 
     def forward(self, x):
@@ -54,6 +66,15 @@ def test_a_broken_running_statistic_ends_the_fit_at_the_last_good_epoch(device, 
     assert (state(t), t.history) == (before, history)
     t.fit(X, Y, epochs=1, batch_size=16)
     assert np.isfinite(t.predict(X)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("hidden", [False, True], ids=["first", "hidden"])
+def test_a_fill_value_leaves_the_statistics_of_batch_norm_finite(device, hidden, cuda):
+    t = gb.Trainer(model(hidden, gb.BatchNorm), device=device, seed=0)
+    t.fit(FILLED, Y, epochs=5, batch_size=16, validation_data=(X, Y))
+    assert all(np.isfinite(values).all() for values in t.history.values())
+    assert np.isfinite(t.predict(X)).all() and np.isfinite(t.predict(FILLED)).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -200,7 +200,7 @@ def test_classes_of_numbers_are_refused(model, folder):
 
 
 def test_a_model_that_cannot_be_called_is_named(model):
-    wrong = gb.Sequential(gb.Dense(2, 4), gb.Dense(5, 3))
+    wrong = gb.Sequential(gb.Residual(gb.Dense(2, 3)))  # whose sum has no shape
     gb.save_model(wrong, "wrong")
     assert re.match(r"wrong: the model cannot be used \(.*\); save it again", fails("evaluate", "wrong", "t.csv"))
 
