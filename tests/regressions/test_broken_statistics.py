@@ -19,7 +19,7 @@ FILLED[7, 1] = 1e20  # the fill value of climate data, whose square is no float3
 
 
 class Fragile(gb.BatchNorm):
-    """Batch norm whose running variance is NaN after values whose squares float32 cannot hold; the loss does not show."""
+    """Batch norm whose running variance is NaN after values whose squares overflow, which the loss does not show."""
 
     def forward(self, x):
         y = super().forward(x)
