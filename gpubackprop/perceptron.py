@@ -20,7 +20,7 @@ from gpubackprop.checks import choice, flag, number, whole
 from gpubackprop.device_data import on_device, taken
 from gpubackprop.layers import Dense, mlp
 from gpubackprop.precision import precision as precision_named
-from gpubackprop.solvers import STOCHASTIC, descend, minimise
+from gpubackprop.solvers import STOCHASTIC, descend, minimise, undone_on_error
 
 __all__ = ["Perceptron"]
 
@@ -88,8 +88,8 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
     # ---- what a subclass says
 
     @abstractmethod
-    def _target(self, y: Array, incremental: bool) -> Array:
-        """y as the network learns it: labels (n,), or rows of numbers (n, outputs)."""
+    def _target(self, y: Array, incremental: bool, classes: Any) -> Array:
+        """y as the network learns it: labels (n,), or rows of numbers (n, outputs); of `classes`, if they are named."""
 
     @abstractmethod
     def _head(self, target: Array) -> tuple[int, str]:
@@ -109,20 +109,21 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
         """
         return self._fit(X, y, sample_weight)
 
-    def _fit(self, X: Any, y: Any, sample_weight: Any, incremental: bool = False) -> Any:
-        self._check_parameters()
+    def _fit(self, X: Any, y: Any, sample_weight: Any, incremental: bool = False, classes: Any = None) -> Any:
         first = not hasattr(self, "model_") or not (self.warm_start or incremental)
-        x, y = self._data(X, y, first)
-        target, weight = self._target(y, incremental), _weight(sample_weight, len(x))
-        random = check_random_state(self.random_state)
-        if first:
-            self._begin(x, target, random)
-        else:
-            self._check_unchanged()
-        if self.solver == "lbfgs":
-            minimise(self, x, target, weight, random)
-        else:
-            descend(self, x, target, weight, random, incremental)
+        with undone_on_error(self, continuing=not first):
+            self._check_parameters()
+            x, y = self._data(X, y, first)
+            target, weight = self._target(y, incremental, classes), _weight(sample_weight, len(x))
+            random = check_random_state(self.random_state)
+            if first:
+                self._begin(x, target, random)
+            else:
+                self._check_unchanged()
+            if self.solver == "lbfgs":
+                minimise(self, x, target, weight, random)
+            else:
+                descend(self, x, target, weight, random, incremental)
         return self
 
     def _check_parameters(self) -> None:
@@ -146,6 +147,8 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
             raise TypeError(f"{where}: callbacks must be a list of functions of the trainer, got {got}")
         if self.solver == "lbfgs" and self.dropout:
             raise ValueError(f"{where}: lbfgs compares the losses of steps, which dropout draws anew; use sgd or adam")
+        if self.precision is not None:
+            precision_named(self.precision)
         get_backend(self.device)  # what cannot be had is an error before anything is fitted
 
     def _check_unchanged(self) -> None:

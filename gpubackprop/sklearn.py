@@ -67,40 +67,44 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
     @available_if(_stochastic)  # type: ignore[untyped-decorator]
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, classes: Any = None) -> "MLPClassifier":
         """One epoch over X and y; the first call must name all the `classes` there will be."""
-        known: Array | None = getattr(self, "classes_", None)
-        if known is None:
-            if classes is None:
-                raise ValueError("partial_fit: classes must be passed on the first call to partial_fit")
-            self.classes_, self._labels = unique_labels(classes), type_of_target(self._on_host(y)) == LABELS
-        elif classes is not None and not np.array_equal(known, unique_labels(classes)):
-            raise ValueError(f"partial_fit: classes {classes} differ from those of the first call, {known}")
-        self._fit(X, y, sample_weight, incremental=True)
+        self._fit(X, y, sample_weight, incremental=True, classes=classes)
         return self
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The share of rows whose prediction is right, every label of it; CuPy arrays are copied to the host."""
         return float(super().score(*map(self._on_host, (X, y, sample_weight))))
 
-    def _target(self, y: Array, incremental: bool) -> Array:
+    def _target(self, y: Array, incremental: bool, classes: Any) -> Array:
         if (kind := type_of_target(y)) not in ("binary", "multiclass", LABELS):
             check_classification_targets(y)  # says what is wrong with the others
             raise ValueError("fit: y has several columns of classes; one column, or columns of 0 and 1, are expected")
         several = kind == LABELS
-        classes = np.arange(y.shape[1]) if several else np.unique(y)
+        found = np.arange(y.shape[1]) if several else np.unique(y)
         if not hasattr(self, "classes_") or not (self.warm_start or incremental):
-            self.classes_, self._labels = classes, several
-        elif several != self._labels:
-            now, then = (("one class each", "several labels")[kind] for kind in (several, self._labels))
-            raise ValueError(f"fit: the rows of y have {now}, but the network was made for {then}; fit a new estimator")
-        elif self.warm_start and not np.array_equal(classes, self.classes_):
-            what = f"y has the classes {classes}, but the network was trained on {self.classes_}"
-            raise ValueError(f"fit: {what}; with warm_start they must be the same")
-        elif len(unknown := np.setdiff1d(classes, self.classes_)):
+            self.classes_, self._labels = _named(classes) if incremental else found, several
+        else:
+            self._check_known(found, several, incremental, classes)
+        if len(unknown := np.setdiff1d(found, self.classes_)):
             raise ValueError(f"partial_fit: y has the classes {unknown}, which are not among {self.classes_}")
         if self._labels:
             return y.astype(np.float32)
         codes = np.searchsorted(self.classes_, y)
         return codes if len(self.classes_) > 2 else codes.astype(np.float32).reshape(-1, 1)
+
+    def _check_known(self, found: Array, several: bool, incremental: bool, classes: Any) -> None:
+        """Raise if the network was made for other classes, or for rows of labels in place of one class each."""
+        if incremental and classes is not None and not np.array_equal(self.classes_, unique_labels(classes)):
+            raise ValueError(f"partial_fit: classes {classes} differ from those of the first call, {self.classes_}")
+        if several != self._labels:
+            now, then = (("one class each", "several labels")[kind] for kind in (several, self._labels))
+            raise ValueError(f"fit: the rows of y have {now}, but the network was made for {then}; fit a new estimator")
+        if self.warm_start and not (incremental or np.array_equal(found, self.classes_)):
+            what = f"y has the classes {found}, but the network was trained on {self.classes_}"
+            raise ValueError(f"fit: {what}; with warm_start they must be the same")
+
+    def _names(self, target: Array) -> Array:
+        """The user's own labels of targets for one output."""
+        return self.classes_.take(target.ravel().astype(np.intp))
 
     def _head(self, target: Array) -> tuple[int, str]:
         return (target.shape[1], "logistic") if target.ndim == 2 else (len(self.classes_), "softmax")
@@ -118,7 +122,10 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
         return self._beside(X, self.classes_.take(codes, mode="clip"))  # clip: where there is but one class
 
     def predict_proba(self, X: Any) -> Any:
-        """The probability of each class, in the order of classes_, or of each label."""
+        """The probability of each class (n, classes), in the order of classes_, or of each label (n, labels).
+
+        A network trained on a single class, of however many rows, has one column of ones, where scikit-learn's has two.
+        """
         return self._beside(X, self._probabilities(X))
 
     def predict_log_proba(self, X: Any) -> Any:
@@ -130,9 +137,18 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
         output = self._output(X)
         if self.out_activation_ == "softmax":
             found: Array = softmax(output, axis=1)
+        elif len(self.classes_) == 1 and not self._labels:
+            found = np.ones_like(output)
         else:
             found = expit(output if self._labels else np.hstack([-output, output]))
         return found
+
+
+def _named(classes: Any) -> Array:
+    """The classes that a first partial_fit names."""
+    if classes is None:
+        raise ValueError("partial_fit: classes must be passed on the first call to partial_fit")
+    return np.asarray(unique_labels(classes))
 
 
 class MLPRegressor(RegressorMixin, Perceptron):  # type: ignore[misc]
@@ -174,7 +190,7 @@ class MLPRegressor(RegressorMixin, Perceptron):  # type: ignore[misc]
         choice("MLPRegressor", "loss", self.loss, ("squared_error", "poisson"))
         super()._check_parameters()
 
-    def _target(self, y: Array, incremental: bool) -> Array:
+    def _target(self, y: Array, incremental: bool, classes: Any) -> Array:
         if self.loss == "poisson" and y.min() < 0:
             raise ValueError(f"fit: y has {y.min():g}, but the loss 'poisson' is of numbers that are not negative")
         return y.reshape(len(y), -1)

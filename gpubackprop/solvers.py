@@ -1,7 +1,8 @@
 """How scikit-learn trains its perceptrons: epochs of descent with its rules of stopping, or L-BFGS over all rows."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from gpubackprop.optimizers import LBFGS, SGD, Adam, Optimizer
 from gpubackprop.step import Keeper
 from gpubackprop.trainer import Trainer, TrainingDiverged
 
-__all__ = ["STOCHASTIC", "descend", "minimise"]
+__all__ = ["STOCHASTIC", "descend", "minimise", "undone_on_error"]
 
 Array = npt.NDArray[Any]
 STOCHASTIC = ("sgd", "adam")
@@ -68,6 +69,57 @@ def _loss(history: dict[str, list[float]], outputs: int, weighted: bool) -> floa
 def _beside(x: Buffer, a: Array, e: Any) -> Any:
     """The array where x lies."""
     return get_backend(e.device).asarray(a) if is_on_device(x) else a
+
+
+# ---- all or nothing ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def undone_on_error(e: Any, continuing: bool) -> Iterator[None]:
+    """Fit the estimator inside; on any error it is put back as it was before, the draws of its RandomState too.
+
+    A network that is trained further (`continuing`) is written to in place, so its values and its trainer are kept.
+    """
+    attributes, random = vars(e).copy(), e.random_state
+    draws = random.get_state() if isinstance(random, np.random.RandomState) else None
+    put_back = _network(e) if continuing else None
+    try:
+        yield
+    except BaseException:
+        vars(e).clear()
+        vars(e).update(attributes)
+        if draws is not None:
+            random.set_state(draws)
+        if put_back is not None:
+            put_back()
+        raise
+
+
+def _network(e: Any) -> Callable[[], None]:
+    """Keep what training changes in place; the function that puts it back."""
+    model, trainer = e.model_, getattr(e, "trainer_", None)
+    values, dtype, device, head = model.state_dict(), model.dtype, model.backend.device, model.output_kind
+    curves = [getattr(e, name, None) for name in ("loss_curve_", "validation_scores_")]
+    trained = None if trainer is None else trainer.__getstate__() | {"history": dict(trainer.history)}
+    history = trained["history"] if trained else {}
+    lists = [(curve, len(curve)) for curve in (*curves, *history.values()) if curve is not None]
+    settings = [] if trainer is None else [trainer.penalty.l2, trainer.optimizer.lr]
+    before = [(each, vars(each).copy()) for each in settings if isinstance(each, Rate | Strength)]
+
+    def put_back() -> None:
+        if (model.dtype, model.backend.device) != (dtype, device):
+            model.dtype = dtype
+            model._lay_out(device)
+        model.load_state_dict(values)
+        model.output_kind = head
+        for curve, length in lists:
+            del curve[length:]
+        for each, numbers in before:
+            vars(each).update(numbers)
+        if trainer is not None:
+            trainer.__setstate__(trained)
+
+    return put_back
 
 
 # ---- descent -------------------------------------------------------------------------------------------------------
@@ -153,7 +205,7 @@ class Watch:
     ) -> tuple[Buffer, Array, Array | None]:
         """Put the rows aside that the validation score is taken on; the others."""
         e = self.e
-        stratify = target.ravel() if e.out_activation_ == "logistic" and e.n_outputs_ == 1 else None
+        stratify = e._names(target) if e.out_activation_ == "logistic" and e.n_outputs_ == 1 else None
         kept, held = train_test_split(
             np.arange(len(x)), random_state=random, test_size=e.validation_fraction, stratify=stratify
         )
