@@ -109,6 +109,7 @@ class Arena:
             if len(p.shape) >= 2:
                 self.matrices = end
         self.size = end
+        self.pinned = False  # by a fit, whose steps are recorded with the parameters where they are
         self.weights = self.zeros()
         self._gradients: Buffer | None = None
         self._copies: dict[np.dtype[Any], Buffer] = {}  # of the weights, which the updates write too
@@ -129,11 +130,6 @@ class Arena:
         buffer = self.backend.empty((1, self.size), self.dtype)
         self.backend.write(buffer, 0)
         return buffer
-
-    @property
-    def holds_all(self) -> bool:
-        """Whether every parameter is still here, and none has moved to another arena."""
-        return all(p.home is self for p in self.parameters.values())
 
     def slice(self, buffer: Buffer, key: str) -> Buffer:
         """The parameter's place in a buffer with the arena's layout."""

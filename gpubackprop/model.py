@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import Signature, signature
@@ -248,6 +248,7 @@ class Layer:
     def _lay_out(self, device: str) -> tuple[Arena, Arena]:
         """One arena for the trained parameters and one for the others; values are kept, missing ones drawn (seed 0)."""
         as_dtype(self.dtype, type(self).__name__)
+        self.check_unpinned(type(self).__name__)
         named, backend = self.named_parameters(), get_backend(device)
         undrawn = [k for k, p in named.items() if p.host_value() is None]
         trained, others = ({k: p for k, p in named.items() if p.stepped is t} for t in (True, False))
@@ -289,6 +290,24 @@ class Layer:
         if not self._bound or None in homes:  # no value yet, or the model it was a part of is gone
             homes = dict.fromkeys(self._own())
         return tuple(h for h in homes if h is not None)
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Inside, the parameters stay where they are: what would lay them out anew is an error."""
+        before = [(home, home.pinned) for home in self._own()]
+        try:
+            for home, _ in before:
+                home.pinned = True
+            yield
+        finally:
+            for home, pinned in before:
+                home.pinned = pinned
+
+    def check_unpinned(self, where: str) -> None:
+        """Raise if a fit is training any of the parameters."""
+        if any(p.home is not None and p.home.pinned for p in self.named_parameters().values()):
+            what = "fit is training the model, and its steps are recorded with the parameters as they are"
+            raise RuntimeError(f"{where}: {what}; prune, freeze, move or convert it between fits, not in a callback")
 
     @property
     def backend(self) -> Backend:
@@ -344,7 +363,8 @@ class Layer:
             kept = "; gb.rewind keeps the masks that there are" * missing[0].endswith("mask")
             raise ValueError(f"load_state_dict: {missing[0]!r} is missing; the model has {', '.join(named)}{kept}")
         if extra := [k for k in state if k not in named]:
-            near = hint("parameter", extra[0], named)
+            masked = "; prune it alike, or load the file with gb.load_model" * extra[0].endswith("mask")
+            near = masked or hint("parameter", extra[0], named)
             raise ValueError(f"load_state_dict: the model has no {extra[0]!r}; it has {', '.join(named)}{near}")
         values = {k: np.asarray(state[k]) for k in named}
         for k, value in values.items():

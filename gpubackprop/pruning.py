@@ -1,6 +1,7 @@
 """Fewer weights: the smallest taken out under masks, put back to earlier values, units that do nothing removed."""
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,42 +31,59 @@ Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Sites = dict[Parameter, dict[Dense, str]]  # the Dense layers, with their paths, that have the weight
 ELEMENTWISE = (Activation, Dropout, InputNoise)
+THIN = 0.25  # a layer that is left with less than this part of its share is warned of
 
 
 # ---- single weights ------------------------------------------------------------------------------------------------
 
 
 @exclusive
-def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
-    """Take out the smallest |w| until round(sparsity · weights) have no edge, by masks of the Dense layers, in place.
+def prune(model: Layer, sparsity: float, *, scope: str = "layer") -> Columns:
+    """Take out the smallest |w| of each layer until round(sparsity · weights) of it have no edge, by masks, in place.
 
-    Weights are those of all Dense layers but frozen ones (requires_grad=False), which stay; biases do not count. With
-    scope="layer" each layer comes to that sparsity by itself. Ties go by position. What has no edge already, pruned or
-    under a mask of yours, counts as pruned: sparsity only rises. A pruned weight is exactly 0 and stays so in training,
-    also by a Trainer that trained before; a mask is saved with the model. Weights that were never drawn are drawn as
-    when the model is called, and a Trainer keeps them. A weight that layers share counts once. Prune between fits: a
-    callback cannot, because the step that is running is recorded without the masks.
+    Layers are all Dense ones except frozen ones (requires_grad=False); biases do not count. With scope="global" the
+    smallest of all layers together go, exactly round(sparsity · all weights), most from layers of small weights. A
+    UserWarning names a layer that is left with no weights, or with less than a quarter of the share 1 − sparsity. Ties
+    are broken by position. Weights without an edge, pruned before or under a mask of yours, count as pruned: sparsity
+    only rises, and a layer that is sparser already stays as it is.
+
+    A pruned weight is exactly 0 and stays so in training, also by a Trainer that trained before; a mask is saved with
+    the model. Weights that were never drawn are drawn as when the model is called, and a Trainer keeps them. A weight
+    that layers share counts once. Prune between fits: the running step is recorded without the masks, so that in a
+    callback it is an error.
 
     Columns: layer (its path), weights, left, sparsity; `print` shows a table.
 
     >>> from gpubackprop.layers import mlp
-    >>> print(prune(mlp([64, 32, 10]).initialize(0), 0.9, scope="layer"))
+    >>> print(prune(mlp([64, 32, 10]).initialize(0), 0.9))
     layer  weights  left  sparsity
     0        2,048   205    0.8999
     1          320    32       0.9
     """
     check_model(model, "prune")
+    model.check_unpinned("prune")
     sparsity = number("prune", "sparsity", sparsity, "in [0, 1)")
     choice("prune", "scope", scope, ("global", "layer"))
-    device, sites, known = model.backend.device, _sites(model), edges(model)
+    _ = model.backend  # which draws weights that have no value yet
+    sites, known = _sites(model), edges(model)
     names = {p: key for key, p in model.named_parameters().items()}
     sizes = {w: _magnitudes(w, known.get(w), names[w]) for w in sites}
-    if scope == "global":
-        gone = _smallest(np.concatenate(list(sizes.values())), sparsity, "prune")
-        parts = np.split(gone, np.cumsum([m.size for m in sizes.values()])[:-1])
-    else:
-        parts = [_smallest(m, sparsity, f"prune: {names[w]!r}") for w, m in sizes.items()]
+    groups = list(sizes.values()) if scope == "layer" else [np.concatenate(list(sizes.values()))]
+    parts = np.split(_smallest(groups, sparsity), np.cumsum([m.size for m in sizes.values()])[:-1])
     left = {w: ~part.reshape(w.shape) for w, part in zip(sites, parts, strict=True)}
+    paths = {w: next(iter(layers.values())) for w, layers in sites.items()}
+    counts = {paths[w]: (int((sizes[w] >= 0).sum()), int(left[w].sum()), w.size) for w in sites}
+    _warn_of_thin(counts, sparsity, scope)  # before anything is changed: a warning may be an error
+    _apply_masks(model, sites, known, left)
+    rows = Columns(layer=[], weights=[], left=[], sparsity=[])
+    for path, (_, n, size) in counts.items():
+        rows.add(layer=path, weights=size, left=n, sparsity=1 - n / size)
+    return rows
+
+
+def _apply_masks(model: Layer, sites: Sites, known: Mapping[Parameter, Bools], left: Mapping[Parameter, Bools]) -> None:
+    """Give the layers masks of the edges that are left; on an error the model is as before."""
+    device = model.backend.device
     kept = {layer: (layer.mask, layer.arguments) for layers in sites.values() for layer in layers}
     values = {w: w.numpy() for w in sites}
     try:
@@ -86,11 +104,17 @@ def prune(model: Layer, sparsity: float, *, scope: str = "global") -> Columns:
         raise
     for p in model.named_parameters().values():
         p.settled = True
-    rows = Columns(layer=[], weights=[], left=[], sparsity=[])
-    for w, layers in sites.items():
-        n = int(np.count_nonzero(left[w]))
-        rows.add(layer=next(iter(layers.values())), weights=left[w].size, left=n, sparsity=1 - n / left[w].size)
-    return rows
+
+
+def _warn_of_thin(counts: Mapping[str, tuple[int, int, int]], sparsity: float, scope: str) -> None:
+    """Warn of layers that lose nearly all: by path, edges before and after, and weights."""
+    before, after, _ = (sum(column) for column in zip(*counts.values(), strict=True))
+    for path, (had, left, size) in counts.items():
+        more_than_others = left * before < after * had
+        if left < had and (not left or (more_than_others and left < THIN * (1 - sparsity) * size)):
+            remedy = "ask for less" if scope == "layer" else "scope='layer' takes the same share of each layer"
+            what = f"layer {path!r} is left with {left:,} of its {size:,} weights at sparsity {sparsity:g}"
+            warnings.warn(f"prune: {what}; {remedy}", stacklevel=4)  # of the caller of prune
 
 
 @exclusive
@@ -127,16 +151,17 @@ def _magnitudes(w: Parameter, edges: Bools | None, key: str) -> Array:
     return (values if edges is None else np.where(edges, values, -1)).ravel()
 
 
-def _smallest(magnitudes: Array, sparsity: float, where: str) -> Bools:
-    """Where the round(sparsity · size) smallest are, of equal ones the first."""
-    n, before = magnitudes.size, int(np.count_nonzero(magnitudes < 0))
-    wanted = round(sparsity * n)
-    if wanted < before:
-        raise ValueError(f"{where}: sparsity {sparsity:g} asked for, but {before / n} of the weights are pruned "
-                         "already; ask for no less, or prune a copy of before")  # fmt: skip
-    smallest = np.zeros(n, np.bool_)
-    smallest[np.argsort(magnitudes, kind="stable")[:wanted]] = True
-    return smallest
+def _smallest(groups: list[Array], sparsity: float) -> Bools:
+    """Where the round(sparsity · size) smallest of each group are, of equal ones the first; the groups in one row."""
+    before = [int(np.count_nonzero(m < 0)) for m in groups]
+    wanted = [round(sparsity * m.size) for m in groups]
+    if all(now < then for now, then in zip(wanted, before, strict=True)):
+        raise ValueError(f"prune: sparsity {sparsity:g} asked for, but {sum(before) / sum(m.size for m in groups)} of "
+                         "the weights are pruned already; ask for no less, or prune a copy of before")  # fmt: skip
+    found = [np.zeros(m.size, np.bool_) for m in groups]
+    for smallest, m, counts in zip(found, groups, zip(wanted, before, strict=True), strict=True):
+        smallest[np.argsort(m, kind="stable")[: max(counts)]] = True
+    return np.concatenate(found)
 
 
 def _check_held(model: Layer, sites: Sites) -> None:

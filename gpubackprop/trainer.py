@@ -344,8 +344,8 @@ class Trainer:
         self.state.finished = applied = False
         try:
             with (
-                Interrupts() as interrupts, closing(source), Bar(progress, epochs, len(x), self.epoch) as bar,
-                around(callbacks, self),
+                self.model.pinned(), Interrupts() as interrupts, closing(source),
+                Bar(progress, epochs, len(x), self.epoch) as bar, around(callbacks, self),
             ):  # fmt: skip
                 for _ in range(epochs):
                     seen = self._begin_epoch(source, steps, sums, shuffle, w)
@@ -362,8 +362,6 @@ class Trainer:
                     self._note(figures)
                     bar.epoch(figures)
                     stops = self._called(callbacks)
-                    if not self.state.arena.holds_all:
-                        raise RuntimeError("fit: a callback moved the model's parameters; do it between fits")
                     loss = figures["loss" if held_out is None else "val_loss"]
                     if stops or self.state.finished or (stop_below is not None and loss < stop_below):
                         break

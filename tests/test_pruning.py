@@ -52,6 +52,11 @@ def trained(model, data, optimizer="adam", epochs=2, batch_size=25, **options):
     return trainer
 
 
+def share(sparsity):
+    """How many weights of the network go."""
+    return round(sparsity * 48) + round(sparsity * 24)
+
+
 def check_held(trainer, data, pruned, batch_size=25):
     """Train on: what was pruned is 0, and of the rest most has moved (not what leads nowhere)."""
     before = weights(trainer.model)
@@ -66,6 +71,7 @@ def check_held(trainer, data, pruned, batch_size=25):
 # ---- how many, and which -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:prune. layer")
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0, 0.999), min_size=1, max_size=3), st.sampled_from(["global", "layer"]))
 def test_seed_38_sparsity_is_exact_however_often_it_rises(sparsities, scope):
@@ -98,7 +104,8 @@ def test_seed_38_the_smallest_go_and_the_rest_stays_bit_for_bit(scope):
 
 def test_ties_go_by_position():
     model = gb.Sequential(gb.Dense(2, 2, init=0.5), gb.Dense(2, 3, init=-0.5)).initialize(0)
-    gb.prune(model, 0.6)
+    with pytest.warns(UserWarning, match="prune: layer '0' is left with 0 of its 4 weights"):
+        gb.prune(model, 0.6, scope="global")
     state = weights(model)
     assert not state["0.weight"].any() and state["1.weight"].ravel().tolist() == [0, 0, -0.5, -0.5, -0.5, -0.5]
     large = gb.Dense(30, 40, init=1.0 + np.arange(1200).reshape(30, 40) % 3).initialize(0)
@@ -126,7 +133,7 @@ def test_a_zero_with_an_edge_goes_first():
 
 
 def test_the_table_prints():
-    assert str(gb.prune(gb.mlp([64, 32, 10]).initialize(0), 0.9, scope="layer")).splitlines() == [
+    assert str(gb.prune(gb.mlp([64, 32, 10]).initialize(0), 0.9)).splitlines() == [
         "layer  weights  left  sparsity",
         "0        2,048   205    0.8999",
         "1          320    32       0.9",
@@ -143,11 +150,11 @@ def test_seed_38_pruned_stays_zero_with_the_trainer_of_before_and_a_new_one(name
         assert all(any(v.any() for v in moment.values()) for moment in trainer.state.host().values())
     else:
         assert trainer.state.pairs
-    for sparsity, pruned in ((0.5, 36), (0.8, 58)):  # first with new masks, then with those there are
+    for sparsity, pruned in ((0.5, 36), (0.8, share(0.8))):  # first with new masks, then with those there are
         gb.prune(trainer.model, sparsity)
         check_held(trainer, data, pruned)
-    gb.prune(trainer.model, 0.9)
-    check_held(gb.Trainer(trainer.model, optimizer=RULES[name](), seed=0), data, 65)
+    gb.prune(trainer.model, 0.85)
+    check_held(gb.Trainer(trainer.model, optimizer=RULES[name](), seed=0), data, share(0.85))
 
 
 @pytest.mark.parametrize("options", [
@@ -156,7 +163,7 @@ def test_seed_38_pruned_stays_zero_with_the_trainer_of_before_and_a_new_one(name
 def test_pruned_stays_zero_under(options, data):
     trainer = trained(network(), data, gb.Adam(0.01, weight_decay=0.01), **options)
     gb.prune(trainer.model, 0.6)
-    check_held(trainer, data, 43)
+    check_held(trainer, data, share(0.6))
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
@@ -166,7 +173,7 @@ def test_pruned_stays_zero_on_a_device(precision, cuda_graph, data, cuda):
     trainer = trained(model, data, gb.SGD(0.1, momentum=0.9), **options)
     gb.prune(model, 0.6)
     assert model.backend is cuda
-    check_held(trainer, data, 43)
+    check_held(trainer, data, share(0.6))
     arena = model.arena
     if precision != "float32":
         np.testing.assert_array_equal(
@@ -179,7 +186,7 @@ def test_pruned_stays_zero_on_a_device(precision, cuda_graph, data, cuda):
 def test_pruned_stays_zero_in_half_precision(precision, device, data):
     trainer = trained(network("float32"), data, gb.SGD(0.1, momentum=0.9), device=device, precision=precision)
     gb.prune(trainer.model, 0.6)
-    check_held(trainer, data, 43)
+    check_held(trainer, data, share(0.6))
 
 
 def test_training_on_is_training_on_what_was_pruned_then_copied(data):
@@ -231,7 +238,7 @@ def test_a_younger_mask_that_is_loaded_holds_too(data):
     twin = copy.deepcopy(model)
     gb.prune(twin, 0.7)
     model.load_state_dict(twin.state_dict())
-    check_held(trainer, data, 50)
+    check_held(trainer, data, share(0.7))
 
 
 def test_lbfgs_forgets_pairs_in_which_a_pruned_weight_moved(data):
@@ -254,9 +261,12 @@ def test_lbfgs_forgets_pairs_in_which_a_pruned_weight_moved(data):
 def test_pruning_in_a_callback_is_an_error_that_says_when(data):
     trainer = trained(network(), data)
     for sparsity in (0.3, 0.5):  # without masks, and with
-        with pytest.raises(RuntimeError, match="a callback moved the model's parameters; do it between fits"):
+        with pytest.raises(
+            RuntimeError, match=r"^prune: fit is training the model, .* between fits, not in a callback$"
+        ):
             trainer.fit(*data, epochs=2, callbacks=[lambda t, s=sparsity: gb.prune(t.model, s) and None])
-        check_held(trainer, data, round(sparsity * 72))
+        gb.prune(trainer.model, sparsity)
+        check_held(trainer, data, share(sparsity))
 
 
 # ---- what a pruned model is ----------------------------------------------------------------------------------------
@@ -280,8 +290,8 @@ def test_masks_travel_with_files_copies_and_pickles(twice, data, tmp_path):
         assert pruned == sum(zeros(model)) > 0
         check_held(trained(other, data, "adam"), data, pruned)
         gb.prune(other, 0.8)
-        assert sum(zeros(other)) == 58
-    assert sum(zeros(model)) == round((0.3, 0.6)[twice] * 72)
+        assert sum(zeros(other)) == share(0.8)
+    assert sum(zeros(model)) == share((0.3, 0.6)[twice])
 
 
 def test_drawing_anew_keeps_the_mask():
@@ -458,10 +468,6 @@ def test_pruning_says_what_is_wrong_and_changes_nothing():
             gb.prune(model, *arguments)
     with pytest.raises(ValueError, match=r"^prune: unknown scope 'unit'; choose from 'global', 'layer'$"):
         gb.prune(model, 0.9, scope="unit")
-    with pytest.raises(
-        ValueError, match=r"^prune: '0\.weight': sparsity 0\.45 asked for, but 0\.\d+ of the weights are"
-    ):
-        gb.prune(model, 0.45, scope="layer")  # the other layer is below that
     for k, value in model.state_dict().items():
         np.testing.assert_array_equal(value, state[k])
 
@@ -784,6 +790,7 @@ def test_layers_that_share_a_weight_or_bias_stay(rng):
         same(model, smaller, rng.normal(size=(9, 4)))
 
 
+@pytest.mark.filterwarnings("ignore:prune. layer")
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.integers(1, 6), min_size=3, max_size=5), st.floats(0, 0.97), st.integers(0, 99),

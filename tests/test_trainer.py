@@ -1204,7 +1204,7 @@ def test_a_layer_taken_out_is_out(rng):
 
 
 @pytest.mark.parametrize("act, message", [
-    (lambda t: gb.Sequential(t.model, gb.Activation("tanh")).arena, "a callback moved the model's parameters"),
+    (lambda t: gb.Sequential(t.model, gb.Dropout(0.1)).arena, "Sequential: fit is training the model, .* between fits"),
     (lambda t: t.fit(np.ones((4, 4)), [0, 1, 2, 0]), "a callback cannot call fit"),
 ])  # fmt: skip
 def test_callbacks_may_not_pull_the_rug(act, message, rng):
