@@ -22,14 +22,18 @@ ALIGNMENT = 64  # elements: whole cache lines, and whole vectors of every kernel
 class Parameter(Tensor):
     """A tensor that a layer declares: its shape and how it is drawn; the model's arena gives it its data.
 
-    With trainable=False it is state that training does not step (running statistics, a scaler).
+    `init` is an initializer's name, a number, an array or a callable (shape, generator) -> array. Without one a matrix
+    (two dimensions or more) is drawn by glorot_uniform, since units that all start at 0 never learn, and a vector is 0.
+    With trainable=False it is state that training does not step (running statistics, a scaler): 0 without an `init`.
     """
 
     __slots__ = ("_home", "_shape", "init", "master", "settled", "trainable", "value")
 
-    def __init__(self, shape: tuple[int, ...], init: Any = "zeros", *, trainable: bool = True) -> None:
+    def __init__(self, shape: tuple[int, ...], init: Any = None, *, trainable: bool = True) -> None:
         if any(isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1 for n in shape):
             raise ValueError(f"parameter: shape {shape} is not one of positive integers")
+        if init is None:
+            init = "glorot_uniform" if trainable and len(shape) >= 2 else "zeros"
         resolve(init)
         super().__init__(None, None, requires_grad=trainable)  # type: ignore[arg-type]
         self._shape = tuple(int(n) for n in shape)
@@ -78,12 +82,19 @@ class Parameter(Tensor):
         """A copy of the value on the host, if there is one yet."""
         return self.value if self.buffer is None else self.backend.to_numpy(self.buffer)
 
-    def __reduce__(self) -> Any:
-        state = {"requires_grad": self.requires_grad, "settled": self.settled, "value": self.host_value()}
-        return _restored, (self._shape, self.init, self.trainable, state)
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "shape": self._shape, "init": self.init, "trainable": self.trainable, "requires_grad": self.requires_grad,
+            "settled": self.settled, "value": self.host_value(),
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Parameter.__init__(self, tuple(state["shape"]), state["init"], trainable=state["trainable"])
+        self.requires_grad, self.settled, self.value = (state[k] for k in ("requires_grad", "settled", "value"))
 
 
 def _restored(shape: tuple[int, ...], init: Any, trainable: bool, state: dict[str, Any]) -> Parameter:
+    """Read pickles of before Parameter had `__getstate__`, which name this function."""
     parameter = Parameter(shape, init, trainable=trainable)
     for key, value in state.items():
         setattr(parameter, key, value)

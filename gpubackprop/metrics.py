@@ -29,6 +29,12 @@ class Metric:
         self.graph: Graph = {"e": parse(text)["result"]}
         self._value = value
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name}  # of METRICS: the graph is interned
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(vars(METRICS[state["name"]]))
+
     def sums(self, backend: Backend, columns: int, dtype: npt.DTypeLike, labels: bool) -> Buffer | None:
         """A zeroed accumulator; None for labels, which the tally counts."""
         if labels and self.name != "accuracy":

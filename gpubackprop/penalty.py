@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,9 @@ class Penalty:
         for f in fields(self):
             if not callable(value := getattr(self, f.name)):
                 object.__setattr__(self, f.name, number("Trainer", f.name, value, ">= 0"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # without the graphs, which are interned
 
     @cached_property
     def name(self) -> str:
