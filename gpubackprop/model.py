@@ -294,14 +294,14 @@ class Layer:
     @contextmanager
     def pinned(self) -> Iterator[None]:
         """Inside, the parameters stay where they are: what would lay them out anew is an error."""
-        before = [(home, home.pinned) for home in self._own()]
+        homes = self._own()
+        for home in homes:
+            home.pinned = True
         try:
-            for home, _ in before:
-                home.pinned = True
             yield
         finally:
-            for home, pinned in before:
-                home.pinned = pinned
+            for home in homes:
+                home.pinned = False
 
     def check_unpinned(self, where: str) -> None:
         """Raise if a fit is training any of the parameters."""

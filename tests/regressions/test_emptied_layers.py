@@ -148,8 +148,9 @@ def test_a_fit_that_fails_lets_go_of_the_model(inner, rng):
     trainer = gb.Trainer(gb.mlp([6, 8, 3]), seed=0)
 
     def callback(trainer):
-        if inner:  # a second trainer's fit of the same model ends before this one does
-            gb.Trainer(trainer.model, seed=1).fit(x, y, epochs=1, progress=False)
+        if inner:  # a second trainer's fit of the same model, which is refused, does not let go of it
+            with pytest.raises(RuntimeError):
+                gb.Trainer(trainer.model, seed=1).fit(x, y, epochs=1, progress=False)
             gb.prune(trainer.model, 0.5)
         raise OSError("disk")
 
