@@ -45,7 +45,7 @@ def save_model(model: Layer, path: PathLike, *, extra: Mapping[str, Any] | None 
 
     The architecture is each layer's class and the arguments it was made with; functions and arrays given as `init` or
     `…_init`, and masks, are left out, since the values are stored. Rows of `register_activation` that the model uses
-    travel along.
+    travel along, and so does which parameters are frozen.
     `extra` is anything JSON holds; `read_metadata` gives it back. On any error the old file stands. A RuntimeWarning
     names the first parameter that is not finite: trained, or a statistic of the library's layers; NaN also elsewhere.
     """
@@ -79,6 +79,7 @@ def encode_model(model: Layer, extra: Mapping[str, Any] | None = None) -> bytes:
         "architecture": _encode(model, "model", []),
         "dtype": str(next((a.dtype for a in state.values()), np.dtype(model.dtype))),
         "head": model.output_kind,
+        "frozen": [key for key, p in model.named_parameters().items() if p.trainable and not p.requires_grad],
         "activations": [
             {"name": r.name, "forward": r.forward, "derivative": r.derivative, "constants": dict(r.constants)}
             for r in _registered_rows(model)
@@ -120,6 +121,7 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
         arrays = file.read(header["dtype"])
     for key, p in model.named_parameters().items():
         p.value, p.settled = arrays[key], True
+    _freeze(model, header, where)
     for _, layer in model.named_layers():
         if isinstance(layer, Dense | Scaler):  # whose masks and statistics were given, not drawn
             for p in (p for _, p in layer._members() if isinstance(p, Parameter) and not p.trainable):
@@ -130,8 +132,8 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
 
 
 def read_metadata(path: PathLike) -> dict[str, Any]:
-    """What the file says beside the arrays: format, gpubackprop (its version), architecture, dtype, head, activations,
-    extra. Needs none of the model's classes."""
+    """What the file says beside the arrays: format, gpubackprop (its version), architecture, dtype, head, frozen,
+    activations, extra. Needs none of the model's classes."""
     _check_path(path, "read_metadata")
     with _opened(path, f"read_metadata: {os.fspath(path)}") as (header, _):
         return header
@@ -289,6 +291,17 @@ def _columns(layer: Layer, columns: int, values: list[int]) -> int:
             columns = _columns(inner, columns, values)
     values[0] += columns
     return columns
+
+
+def _freeze(model: Layer, header: dict[str, Any], where: str) -> None:
+    """Freeze what was frozen and nothing else; of files that do not say, what the constructors froze."""
+    trained = {key: p for key, p in model.named_parameters().items() if p.trainable}
+    frozen = header.get("frozen", [key for key, p in trained.items() if not p.requires_grad])
+    if not isinstance(frozen, list) or any(not isinstance(key, str) or key not in trained for key in frozen):
+        raise ValueError(f"{where}: its header is damaged (frozen is no list of trained parameters); save it again")
+    keys = set(frozen)
+    for key, p in trained.items():
+        p.requires_grad = key not in keys
 
 
 def _masked(model: Layer, keys: Collection[str]) -> Layer:

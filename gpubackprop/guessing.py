@@ -25,9 +25,10 @@ MOST_POINTS = 1_000_000
 
 @dataclass(eq=False, repr=False)
 class Guesses(Shown):
-    """The loss of each guess, in order."""
+    """The loss of each guess, in order, and that of the weights there were before."""
 
     losses: Floats
+    before: float
 
     @property
     def evaluations(self) -> int:
@@ -36,19 +37,29 @@ class Guesses(Shown):
 
     @property
     def best(self) -> float:
-        """The least loss."""
-        return float(self.losses.min())
+        """The least loss of the guesses."""
+        return float(np.fmin.reduce(self.losses))  # a NaN is no guess that is kept
+
+    @property
+    def found(self) -> bool:
+        """Whether a guess is better than the weights before, which the model otherwise keeps."""
+        return _better(self.best, self.before)
 
     def parts(self) -> list[str]:
         middle = float(np.median(self.losses))
-        return [f"{self.evaluations:,} guesses: the least loss is {self.best:.6g}, the median {middle:.6g}"]
+        kept = "" if self.found else f"; the weights before are kept, with loss {self.before:.6g}"
+        return [f"{self.evaluations:,} guesses: the least loss is {self.best:.6g}, the median {middle:.6g}{kept}"]
 
 
 @exclusive
 def random_search(
     trainer: Trainer, x: Any, y: Any, guesses: int = 100, low: float = -1.0, high: float = 1.0, seed: int | None = 0
 ) -> Guesses:
-    """Draw all trained weights uniformly from [low, high) so many times; the model keeps the best of them."""
+    """Guess the model's weights: draw all trained ones uniformly from [low, high), `guesses` times, and keep the best.
+
+    The weights there are count as a guess too, so that the loss over x and y is never larger afterwards; if evaluation
+    fails, they stay.
+    """
     where = "random_search"
     check_trainer(trainer, where)
     low, high = interval(where, low, high)
@@ -68,8 +79,9 @@ def grid_points(model: Layer, segments: int = 10) -> int:
 
 @exclusive
 def grid_search(trainer: Trainer, x: Any, y: Any, segments: int = 10, low: float = -1.0, high: float = 1.0) -> Guesses:
-    """Try every point of a grid, the middles of so many segments of [low, high] for each trained weight; the model
-    keeps the best. ValueError where that are more than a million."""
+    """Guess the model's weights: try every point of a grid, the middles of `segments` segments of [low, high] for each
+    trained weight, and keep the best, or the weights there are if no point is better. ValueError for more than a
+    million points."""
     where = "grid_search"
     check_trainer(trainer, where)
     low, high = interval(where, low, high)
@@ -92,13 +104,21 @@ def _best_of(trainer: Trainer, x: Any, y: Any, guesses: Iterable[Floats]) -> Gue
     model, losses = trainer.model, list[float]()
     trained = {key: p.shape for key, p in model.named_parameters().items() if p.stepped}
     ends = np.cumsum([math.prod(shape) for shape in trained.values()])
+    least = before = trainer.evaluate(x, y)["loss"]
     best = state = model.state_dict()
-    for guess in guesses:
-        parts = np.split(guess, ends[:-1])
-        values = {key: part.reshape(shape) for (key, shape), part in zip(trained.items(), parts, strict=True)}
-        model.load_state_dict(state | values)
-        losses.append(trainer.evaluate(x, y)["loss"])
-        if losses[-1] <= min(losses):
-            best = state | values
-    model.load_state_dict(best)
-    return Guesses(np.array(losses))
+    try:
+        for guess in guesses:
+            parts = np.split(guess, ends[:-1])
+            values = {key: part.reshape(shape) for (key, shape), part in zip(trained.items(), parts, strict=True)}
+            model.load_state_dict(state | values)
+            losses.append(trainer.evaluate(x, y)["loss"])
+            if _better(losses[-1], least):
+                best, least = state | values, losses[-1]
+    finally:
+        model.load_state_dict(best)
+    return Guesses(np.array(losses), before)
+
+
+def _better(loss: float, than: float) -> bool:
+    """Whether the loss is less; a NaN is more than any number."""
+    return loss < than or (math.isnan(than) and not math.isnan(loss))

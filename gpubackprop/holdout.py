@@ -1,5 +1,6 @@
 """Rows held out: a test part kept away, a validation part, folds, and what more rows to train on would bring."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ from gpubackprop.columns import Columns
 from gpubackprop.data import as_seed, check_same_length, on_host, row_count
 
 if TYPE_CHECKING:
-    from gpubackprop.model import Layer
     from gpubackprop.trainer import Trainer
 
 __all__ = ["KFold", "learning_curve", "split", "take"]
@@ -236,16 +236,14 @@ def learning_curve(
         return take(x, rows, "learning_curve"), take(y, rows, "learning_curve")
 
     held_out = taken(held)
-    curve = Columns()
-    models: list[Layer] = []
     parts = _nested(part, codes, sizes, rng)
-    for rows in parts:
-        trainer = make_trainer()
-        if not models:
-            _check_sizes(trainer, x, [len(p) for p in parts], batch_size)
-        if any(trainer.model is model for model in models):
-            raise ValueError("learning_curve: make_trainer gave the same model twice; make the model in it too")
-        models.append(trainer.model)
+    trainers = [make_trainer() for _ in parts]
+    if len({id(trainer.model) for trainer in trainers}) < len(trainers):
+        raise ValueError("learning_curve: make_trainer gave the same model twice; make the model in it too")
+    _check_sizes(trainers[0], x, [len(p) for p in parts], batch_size)
+    curve = Columns()
+    for rows, made in zip(parts, trainers, strict=True):
+        trainer = copy.deepcopy(made) if made.epoch else made  # one that has learnt is kept as it is
         data = taken(rows)
         trainer.fit(*data, epochs=epochs, batch_size=batch_size, progress=False)
         own, others = trainer.evaluate(*data), trainer.evaluate(*held_out)

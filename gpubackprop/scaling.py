@@ -77,12 +77,23 @@ def lsuv(model: Layer, x: Any, seed: int | None = None) -> Layer:
     draws them; what else was not set yet, too; frozen weights stay. `seed` is that of `initialize`; a Trainer keeps the
     weights.
 
-    ValueError where the rows of x all come out of a layer alike, or where its biases alone vary by more; the layers
-    before it are then drawn.
+    ValueError where the rows of x all come out of a layer alike, or where its biases alone vary by more; the weights
+    are then as they were.
     """
     check_model(model, "lsuv")
     seed = seed_or_fresh(seed, "lsuv")
     model.initialize(seed, missing=True)
+    before = model.state_dict()
+    try:
+        _orthogonalise(model, x, seed)
+    except BaseException:
+        model.load_state_dict(before)
+        raise
+    model.seed = seed
+    return model
+
+
+def _orthogonalise(model: Layer, x: Any, seed: int) -> None:
     names = {p: key for key, p in model.named_parameters().items()}
     layers = _dense_layers(model, x)
     for _, layer in layers:
@@ -93,8 +104,6 @@ def lsuv(model: Layer, x: Any, seed: int | None = None) -> Layer:
             model._draw(seed, [names[bias]])
     for path, layer in layers:
         _scale(model, x, path, layer)
-    model.seed = seed
-    return model
 
 
 def _dense_layers(model: Layer, x: Any) -> list[tuple[str, Dense]]:

@@ -644,7 +644,8 @@ def test_seed_32_a_grid_and_random_guesses_find_what_a_gradient_finds_sooner(rng
     grid = gb.grid_search(trainer, x, x @ w, segments=20)
     assert grid.evaluations == 400 and grid.best == pytest.approx(0, abs=1e-25)
     np.testing.assert_allclose(model.state_dict()["0.weight"], w, atol=1e-12)
-    guessed = gb.random_search(trainer, x, x @ w, guesses=200, seed=1)
+    assert gb.random_search(trainer, x, x @ w, guesses=3).best > trainer.evaluate(x, x @ w)["loss"]  # which is kept
+    guessed = gb.random_search(gb.Trainer(model.initialize(3), "mse", seed=0), x, x @ w, guesses=200, seed=1)
     assert guessed.evaluations == 200 and 1e-6 < guessed.best < np.median(guessed.losses) / 20
     assert trainer.evaluate(x, x @ w)["loss"] == guessed.best
     assert trainer.fit(x, x @ w, epochs=10)["loss"][-1] < 1e-12 < guessed.best
