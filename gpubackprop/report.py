@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop import ops
+from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer
 from gpubackprop.columns import Grid, Shown, table
 from gpubackprop.diagnostics import Observed, Site, gradient_at, observed
@@ -27,6 +28,7 @@ Floats = npt.NDArray[np.float64]
 # rows, nor the loss's scale, nor a scaler behind the network matters. Descent has one learning rate for all layers:
 # where the gradient is a thousandth of that, a layer moves a thousand times slower.
 VANISHING, EXPLODING = 1e-3, 1e3
+LARGE_LOSS = 10.0  # times that of a constant guess: outputs that are far off, whatever gradients they send
 LARGE_UPDATE = 1.0  # of the weights: a step that is longer than they are keeps little of what they were
 SMALL_UPDATE = 1e-6  # of the weights: in a thousand steps they move by a thousandth
 # A value is saturated where its activation passes less than a twentieth of the gradient that it passes at best. Sound
@@ -84,6 +86,7 @@ class GradientReport(Shown):
     loss: float
     rows: int
     layers: tuple[LayerReport, ...]
+    guess: float  # the loss of equal probabilities, or of the targets' mean; NaN of a user's loss
 
     def __getitem__(self, name: str | int) -> LayerReport:
         """The layer of that name."""
@@ -93,13 +96,23 @@ class GradientReport(Shown):
 
     @property
     def verdict(self) -> str:
-        """The gravest of the layers' verdicts."""
+        """The gravest of the layers' verdicts; exploding if the loss is far above that of a guess."""
+        if self.loss_is_large:
+            return "exploding"
         return min((row.verdict for row in self.layers), key=list(REMEDIES).index)
+
+    @property
+    def loss_is_large(self) -> bool:
+        """Whether the loss is more than 10 times that of a constant guess: the outputs are far off."""
+        return self.loss > LARGE_LOSS * self.guess > 0
 
     @property
     def advice(self) -> str:
         """The verdicts in plain words, with what to try."""
         lines = []
+        if self.loss_is_large:
+            what = f"the loss {self.loss:.6g} is more than {LARGE_LOSS:g} times that of a constant guess"
+            lines.append(f"exploding ({what}): {REMEDIES['exploding']}")
         for verdict, remedy in REMEDIES.items():
             names = [row.name for row in self.layers if row.verdict == verdict]
             if names and verdict != "healthy":
@@ -113,20 +126,26 @@ class GradientReport(Shown):
 
     def parts(self) -> Iterable[str | Grid]:
         rows = [_COLUMNS, *map(_cells, self.layers)]
-        title = f"loss {self.loss:.6g} over {self.rows} rows; root mean squares, updates as shares of the weights"
+        guess = "" if math.isnan(self.guess) else f" (a constant guess: {self.guess:.6g})"
+        units = "root mean squares; share of the gradient at the output, update of the weights"
+        title = f"loss {self.loss:.6g} over {self.rows} rows{guess}; {units}"
         notes = [
             f"layer {row.name}: {note}" for row in self.layers for note in (row.why, _listed(row, self.rows)) if note
         ]
-        return [title, table(rows, len(_COLUMNS) - 3), *notes, self.advice]
+        return [title, table(rows, len(_COLUMNS) - 3), THRESHOLDS, *notes, self.advice]
 
 
-_COLUMNS = ("layer", "", "verdict", "preact", "postact", "delta_pre", "delta_post", "gradient", "update", "saturated",
-            "dead")  # fmt: skip
+_COLUMNS = ("layer", "", "verdict", "preact", "postact", "delta_pre", "delta_post", "share", "gradient", "update",
+            "saturated", "dead")  # fmt: skip
+THRESHOLDS = (
+    f"exploding: share > {EXPLODING:g}, update > {LARGE_UPDATE:g} or loss > {LARGE_LOSS:g} guesses; "
+    f"vanishing: share < {VANISHING:g}; saturated > {SATURATED_SHARE:.0%}; dead > {DEAD_SHARE:.0%} of the units"
+)
 
 
 def _cells(row: LayerReport) -> tuple[str, ...]:
     scales = [f"{scale:.1e}" for scale in (row.preact, row.postact, row.delta_pre, row.delta_post)]
-    scales += ["" if math.isnan(scale) else f"{scale:.1e}" for scale in (row.gradient, row.update)]
+    scales += ["" if math.isnan(scale) else f"{scale:.1e}" for scale in (row.share, row.gradient, row.update)]
     saturated = "" if math.isnan(row.saturation) else f"{row.saturation:.0%}"
     return (row.name, row.what, row.verdict, *scales, saturated, str(len(row.dead) or ""))
 
@@ -143,8 +162,18 @@ def _listed(row: LayerReport, rows: int) -> str:
 def gradient_report(trainer: Trainer, x: Any, y: Any) -> GradientReport:
     """The scales of values, gradients and updates in one training step over the rows, and a verdict on every layer.
 
-    Verdicts are exploding, dead, vanishing, saturated and healthy; `print` the report for them, their reasons and what
-    to try. Some hundred rows tell enough. Neither the trainer nor its model changes: a copy takes the step.
+    The verdicts, the gravest first; one rule holds for every layer:
+
+    - exploding: ‖∂L/∂preact‖ is more than 1000 times ‖∂L/∂output‖ of the last trained layer (`share`), the step is
+      longer than the weights, or a value is not finite. The whole report also if the loss is more than 10 times that of
+      a constant guess: equal probabilities (ln K for K classes), or the targets' mean (for mse their variance).
+    - dead: more than a quarter of the units pass no gradient in any of 20 rows or more.
+    - vanishing: `share` is less than 0.001.
+    - saturated: more than 80 % of the values lie where the activation passes less than 5 % of its largest slope.
+    - healthy: none of these.
+
+    `print` the report for the figures, these thresholds, reasons and what to try. Some hundred rows tell enough.
+    Neither the trainer nor its model changes: a copy takes the step.
     """
     seen = observed(trainer, x, y, "gradient_report")
     sites = list(seen.sites.values())
@@ -155,7 +184,7 @@ def gradient_report(trainer: Trainer, x: Any, y: Any) -> GradientReport:
     layers = [replace(layer, update=update) for layer, update in zip(layers, updates, strict=True)]
     verdicts = [_verdict(layer, seen.rows) for layer in layers]
     judged = (replace(layer, verdict=v, why=why) for layer, (v, why) in zip(layers, verdicts, strict=True))
-    return GradientReport(seen.loss, seen.rows, tuple(judged))
+    return GradientReport(seen.loss, seen.rows, tuple(judged), _guess(seen.trainer, x, y))
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -204,6 +233,23 @@ def _updates(sites: Sequence[Site], seen: Observed, x: Any, y: Any) -> list[floa
     return [
         _ratio(_norm(*(b - a for a, b in zip(*w, strict=True))), _norm(*w[0])) for w in zip(before, after, strict=True)
     ]
+
+
+def _guess(trainer: Trainer, x: Any, y: Any) -> float:
+    """The mean loss of outputs that are the same for all rows: equal probabilities, or the targets' mean."""
+    objective = trainer.objective
+    if objective.own:
+        return math.nan
+    rows, targets, _ = trainer._data(x, y, "gradient_report")
+    outputs = np.zeros((len(targets), trainer._outputs(rows.shape[1], 2)))
+    if targets.dtype.kind == "f":
+        targets = targets.astype(np.float64)
+    if objective.head in ("identity", "exp"):
+        outputs += targets.mean(0)
+    if objective.head == "exp":
+        outputs = np.log(np.maximum(outputs, np.finfo(np.float64).tiny))
+    back = get_backend("cpu")
+    return float(objective.total(Tensor(outputs, back), Tensor(back.asarray(targets), back)).item()) / len(targets)
 
 
 def _host(buffer: Buffer, seen: Observed) -> Floats:

@@ -348,10 +348,13 @@ def test_a_report_prints_as_a_table(rng):
     x, y = data_of(rng)
     lines = str(report(gb.mlp([8, 4, 3], "tanh"), x, y, "cross_entropy")).splitlines()
     assert lines[0].startswith("loss ") and "over 30 rows" in lines[0]
-    columns = "layer verdict preact postact delta_pre delta_post gradient update saturated dead"
+    columns = "layer verdict preact postact delta_pre delta_post share gradient update saturated dead"
     assert lines[1].split() == columns.split()
-    assert lines[3].startswith("0      Dense(8, 4, activation=tanh)") and len(lines) == 6
-    assert lines[5].startswith("healthy: gradients of a sound size reach every layer; if it does not learn")
+    assert lines[3].startswith("0      Dense(8, 4, activation=tanh)") and len(lines) == 7
+    assert lines[5].startswith(
+        "exploding: share > 1000, update > 1 or loss > 10 guesses; vanishing: share < 0.001; sat"
+    )
+    assert lines[6].startswith("healthy: gradients of a sound size reach every layer; if it does not learn")
 
 
 def test_half_precision_is_diagnosed_in_the_type_of_the_weights(rng):

@@ -80,11 +80,11 @@ SEARCHES = {
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:reference", "cuda"])
 @pytest.mark.parametrize("how", SEARCHES)
-@pytest.mark.parametrize("epochs", [0, 1, 60])
+@pytest.mark.parametrize("epochs", [0, 60])
 def test_a_search_never_leaves_a_network_worse(how, device, epochs, cuda):
     if (how, device) == ("grid", "cuda"):
-        return  # 4,096 points; its steps are those of the random search
-    trainer = gb.Trainer(gb.Sequential(gb.Dense(3, 3)), optimizer=gb.Adam(0.05), seed=0, device=device)
+        return  # 512 points; its steps are those of the random search
+    trainer = gb.Trainer(gb.Sequential(gb.Dense(3, 3, bias=False)), optimizer=gb.Adam(0.05), seed=0, device=device)
     if epochs:
         trainer.fit(x, y, epochs=epochs, batch_size=20, progress=False)
     weights, before = trainer.model.state_dict(), trainer.evaluate(x, y)["loss"]
@@ -109,7 +109,7 @@ def test_the_trained_network_of_the_digits_is_kept():
 
 @pytest.mark.parametrize("how", SEARCHES)
 def test_a_search_that_ends_early_keeps_the_best_so_far(how, monkeypatch):
-    trainer = gb.Trainer(gb.mlp([3, 3]), seed=0)
+    trainer = gb.Trainer(gb.Sequential(gb.Dense(3, 3, bias=False)), seed=0)
     trainer.fit(x, y, epochs=5, progress=False)
     before, evaluate, losses = trainer.model.state_dict(), trainer.evaluate, []
 
