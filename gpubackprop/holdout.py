@@ -237,10 +237,11 @@ def learning_curve(
 
     held_out = taken(held)
     parts = _nested(part, codes, sizes, rng)
-    trainers = [make_trainer() for _ in parts]
+    trainers = [make_trainer()]
+    _check_sizes(trainers[0], x, [len(p) for p in parts], batch_size)
+    trainers += [make_trainer() for _ in parts[1:]]  # before any is trained: two may have one model
     if len({id(trainer.model) for trainer in trainers}) < len(trainers):
         raise ValueError("learning_curve: make_trainer gave the same model twice; make the model in it too")
-    _check_sizes(trainers[0], x, [len(p) for p in parts], batch_size)
     curve = Columns()
     for rows, made in zip(parts, trainers, strict=True):
         trainer = copy.deepcopy(made) if made.epoch else made  # one that has learnt is kept as it is
