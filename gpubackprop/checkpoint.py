@@ -118,10 +118,10 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
         model = _masked(_model(header, where), stored)
         if difference := _difference(stored, _shapes(model)):
             raise ValueError(f"{where}: it has {difference} in the model it describes; a layer's class has changed")
+        _freeze(model, header, where)
         arrays = file.read(header["dtype"])
     for key, p in model.named_parameters().items():
         p.value, p.settled = arrays[key], True
-    _freeze(model, header, where)
     for _, layer in model.named_layers():
         if isinstance(layer, Dense | Scaler):  # whose masks and statistics were given, not drawn
             for p in (p for _, p in layer._members() if isinstance(p, Parameter) and not p.trainable):
