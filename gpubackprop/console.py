@@ -50,7 +50,8 @@ def options(*names: str) -> Callable[[Command], Command]:
         "lr": (float, f"Learning rate.  [default: {rates}]"),
         "seed": (click.IntRange(min=0), "Keys the split, the weights, the order of rows and dropout."),
         "test": (float, "Fraction of the rows held out."),
-        "dtype": (choose(["float32", "float64"]), "Type of weights and data."),
+        "dtype": (choose(["float32", "float64"]), "Type of weights and data.  [default: float32; float64 where a "
+                  "column or target loses too much in it]"),
         "precision": (choose(list(PRECISIONS)), "What a step computes in, with weights in float32 or float64.  "
                       "[default: that of --dtype]"),
         "clip_norm": (float, "Scale a longer gradient down to this norm.  [default: no clipping]"),

@@ -33,12 +33,13 @@ MOST_LISTED = 8  # names in a message
 
 
 def as_features(
-    x: Any, dtype: DTypeLike, columns: int | None = None, where: str = "fit", name: str = "x", *, finite: bool = True
-) -> Array:
+    x: Any, dtype: DTypeLike | None, columns: int | None = None, where: str = "fit", name: str = "x", *,
+    finite: bool = True,
+) -> Array:  # fmt: skip
     """x as finite C-contiguous rows (n, columns) of `dtype`, without a copy where x is that already.
 
     Lists, frames, Tensors, integers and bools will do. The result is never to be written to. finite=False leaves it to
-    the caller to see that all numbers are finite.
+    the caller to see that all numbers are finite. With dtype None the rows are of x's type and layout.
     """
     a = _numbers(x, where, name, "encode text as numbers")
     n = row_count(a, where, name)
@@ -115,10 +116,10 @@ def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDAr
 
 
 def as_targets(
-    y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y",
+    y: Any, dtype: DTypeLike | None, outputs: int, where: str = "fit", name: str = "y",
     encode: str = "number the classes with np.unique(y, return_inverse=True), and train with loss='cross_entropy'",
 ) -> Array:  # fmt: skip
-    """Targets or soft labels y as finite rows (n, outputs) of `dtype`; (n,) fits one output only.
+    """Targets or soft labels y as finite rows (n, outputs) of `dtype`, or with None of y's; (n,) fits one output.
 
     `encode` is what to do where y holds text.
     """
@@ -132,13 +133,13 @@ def as_targets(
     return _cast(a, dtype, where, name).reshape(n, outputs)
 
 
-def as_probabilities(y: Any, dtype: DTypeLike, outputs: int, where: str = "fit", name: str = "y") -> Array:
+def as_probabilities(y: Any, dtype: DTypeLike | None, outputs: int, where: str = "fit", name: str = "y") -> Array:
     """As `as_targets`, every element from 0 to 1."""
     rows = as_targets(
         y, dtype, outputs, where, name, f"number the two classes 0 and 1, as ({name} == 'yes').astype(float)"
     )
-    bad = (rows < 0) | (rows > 1)
-    if bad.any():
+    if rows.min() < 0 or rows.max() > 1:
+        bad = (rows < 0) | (rows > 1)
         row, column = (int(i) for i in np.unravel_index(int(bad.argmax()), bad.shape))
         at = f"{row}, column {column}" if outputs > 1 else f"{row}"
         remedy = "number the two classes 0 and 1, or use loss='cross_entropy' for more"
@@ -266,10 +267,11 @@ def row_count(a: Any, where: str, name: str) -> int:
     return n
 
 
-def _cast(a: Array, dtype: DTypeLike, where: str, name: str, finite: bool = True) -> Array:
-    """a in `dtype`, C-contiguous and aligned, copied only if it is not; NaN and infinity raise, unless finite=False."""
+def _cast(a: Array, dtype: DTypeLike | None, where: str, name: str, finite: bool = True) -> Array:
+    """a in `dtype`, C-contiguous and aligned, copied only if it is not; with None as it is. NaN and infinity raise,
+    unless finite=False."""
     with np.errstate(all="ignore"):
-        out: Array = np.require(a, dtype, ["C", "A"])
+        out: Array = a if dtype is None else np.require(a, dtype, ["C", "A"])
     if not finite or a.dtype.kind in "biu" or surely_finite(out):
         return out
     good = np.isfinite(out)

@@ -23,6 +23,7 @@ __all__ = [
     "PASSES",
     "PENALTIES",
     "RULES",
+    "TWO_SUM",
     "UNARY",
     "Activation",
     "Expr",
@@ -309,6 +310,14 @@ c = beta1 * m + (1 - beta1) * g
 p -= lr * weight_decay * p
 p -= where(c > 0, lr, where(c < 0, -lr, 0))
 m += (1 - beta2) * (g - m)
+"""
+
+# high + low grows by part, as exact as twice the bits (Knuth's TwoSum), because nothing is contracted.
+TWO_SUM = """
+total = high + part
+rest = total - high
+low += (high - (total - rest)) + (part - rest)
+high = total
 """
 
 # A name ending in _t is its constant to the power t, the number of the step counted from 1.

@@ -249,7 +249,7 @@ class Plane:
 
     def __init__(self, trainer: Trainer, x: Any, y: Any) -> None:
         self._trainer = copied(trainer, "plane")
-        self._data = self._trainer._data(x, y, "plane")
+        self._data = self._trainer._data(x, y, "plane", exact=True)
         named = self._trainer.model.named_parameters().items()
         self._parameters = {k: p for k, p in named if p.stepped}
         self.origin = {k: p.numpy().astype(np.float64) for k, p in self._parameters.items()}

@@ -1,6 +1,7 @@
 """The layers: each declares its parameters and writes its forward in operations; none writes a backward."""
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from gpubackprop.names import explains_keywords, hint, of_pytorch
 from gpubackprop.operands import graph
 from gpubackprop.plan import empty, release, run
 from gpubackprop.shapes import concatenate
+from gpubackprop.spread import TOLERATED, lost, spread
 from gpubackprop.tensor import Tensor
 
 __all__ = [
@@ -215,23 +217,42 @@ class BatchNorm(Layer):
 class Scaler(Layer):
     """y = (x − mean) / scale per column, or with inverse=True y = x · scale + mean; `fit` takes both from data.
 
-    The statistics are saved with the model and not trained; a constant column has scale 1.
+    The statistics are saved with the model and not trained; a constant column has scale 1. They and x are of the type
+    of the model that the layer is part of; until it is, of `dtype`.
     """
 
-    def __init__(self, columns: int, inverse: bool = False) -> None:
+    def __init__(self, columns: int, inverse: bool = False, dtype: npt.DTypeLike = "float32") -> None:
         self.inputs = columns
         self.inverse = inverse
+        self.dtype = as_dtype(dtype, "Scaler")
         self.mean = Parameter((columns,), "zeros", trainable=False)
         self.scale = Parameter((columns,), "ones", trainable=False)
 
     def fit(self, x: Any) -> "Scaler":
-        """Take each column's mean and standard deviation (in float64) from the rows of x, and a frame's names."""
+        """Take each column's mean and standard deviation from the rows of x, in float64 and part by part, and a
+        frame's names.
+
+        A RuntimeWarning names a column of which the layer's type keeps too little, because its numbers are large beside
+        their deviation; a ValueError one that the type cannot hold at all.
+        """
         names = column_names(x)
         if sorted(names or ()) == sorted(self.feature_names or ()):  # the weights behind it know this order
             names, x = self.feature_names, by_name(x, self.feature_names, "Scaler.fit")
-        rows = as_features(x, "float64", self.inputs, "Scaler.fit")
-        deviation = rows.std(0)
-        self.mean.init, self.scale.init = rows.mean(0), np.where(rows.max(0) > rows.min(0), deviation, 1.0)
+        rows = as_features(x, None, self.inputs, "Scaler.fit")
+        dtype, of = np.dtype(self.dtype if self.mean.home is None else self.mean.home.dtype), spread(rows)
+        scale = np.where(of.deviation > 0, of.deviation, 1)
+        with np.errstate(all="ignore"):
+            poor = ~(abs(scale.astype(dtype) / scale - 1) < TOLERATED)
+        remedy = "scale x in float64 first, or use gb.Scaler(…, dtype='float64') in a model with dtype='float64'"
+        if poor.any():
+            what = f"column {int(poor.argmax())} has a standard deviation of {scale[poor][0]:.3g}"
+            raise ValueError(f"Scaler.fit: x {what}, which {dtype} cannot hold; {remedy}")
+        if (loss := lost(rows, dtype)) is not None:
+            message = f"Scaler.fit: x {loss.phrase()}; {remedy}"
+            if math.isinf(loss.error):
+                raise ValueError(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        self.mean.init, self.scale.init = of.mean, scale
         self.homes()
         self._draw(0, ["mean", "scale"])
         self.feature_names = names

@@ -97,8 +97,9 @@ class Objective:
         rows: npt.NDArray[Any] = (1 - self.smoothing) * y + self.smoothing * spread
         return rows
 
-    def targets(self, y: Any, dtype: npt.DTypeLike, outputs: int, where: str) -> npt.NDArray[Any]:
-        """y as labels (n,) or rows (n, outputs); a user's loss gets integers as labels if there are several outputs."""
+    def targets(self, y: Any, dtype: npt.DTypeLike | None, outputs: int, where: str) -> npt.NDArray[Any]:
+        """y as labels (n,) or rows (n, outputs) of the dtype, or with None of y's; a user's loss gets integers as
+        labels if there are several outputs."""
         y = on_host(y, where, "y")
         if (self.classes and y.ndim != 2) or (self.classes and y.ndim == 2 and y.shape[1] == 1):
             if outputs == 1:

@@ -406,11 +406,11 @@ class Layer:
         return out if is_on_device(x) or isinstance(out, np.ndarray) else self.backend.to_numpy(out)
 
     @exclusive
-    def _predict(self, x: Any) -> Buffer:
+    def _predict(self, x: Any, checked: bool = False) -> Buffer:
         if "_predictor" not in vars(self):
             self._predictor = Predictor()
         with mode(Mode()):  # what it records must infer, also inside `with training()`
-            return self._predictor(self, x)
+            return self._predictor(self, x, checked)
 
     def predict_proba(self, x: Any) -> npt.NDArray[Any]:
         """Class probabilities: softmax over several outputs, the logistic sigmoid of one (or of each, for bce)."""

@@ -20,6 +20,7 @@ from gpubackprop.holdout import split
 from gpubackprop.layers import Dense, Layer, Scaler, Sequential, mlp
 from gpubackprop.optimizers import OPTIMIZERS
 from gpubackprop.precision import precision
+from gpubackprop.spread import lost
 from gpubackprop.tables import Table, Task, read_table
 from gpubackprop.trainer import Trainer
 
@@ -38,7 +39,8 @@ class Recipe:
     """How a network is made and trained; the defaults are tuned on the digits.
 
     None leaves the choice to the run: dropout 0.5 for classes and 0 for numbers, `lr` of RATES (or the optimizer's
-    own), a scaler for all but the bundled digits, whose pixels lie in [0, 1], the precision of `dtype`, no clipping.
+    own), a scaler for all but the bundled digits, whose pixels lie in [0, 1], dtype float32, but float64 where a column
+    or target loses too much in it, the precision of `dtype`, no clipping.
     """
 
     hidden: tuple[int, ...] = (256,)
@@ -51,7 +53,7 @@ class Recipe:
     seed: int = 0
     test: float = 0.2
     scale: bool | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     precision: str | None = None
     clip_norm: float | None = None
     cuda_graph: bool = False
@@ -67,8 +69,8 @@ class Recipe:
 
     @property
     def weights(self) -> str:
-        """The type of the weights: the precision's, or `dtype`."""
-        return precision(self.precision).master if self.precision else self.dtype
+        """The type of the weights: the precision's, or `dtype`, or float32."""
+        return precision(self.precision).master if self.precision else self.dtype or "float32"
 
     def dropout_for(self, task: Task) -> float:
         """The rate, chosen by the task if it was left open: dropping units out blurs numbers more than it helps."""
@@ -201,8 +203,10 @@ class Run:
             remedy = f"name its column with --target{names}" if names else "add an array y"
             raise ValueError(f"{data}: has no target to learn; {remedy}")
         _check_classes(data, table)
-        _check_range(data, table, recipe)
         self.data, self.table, self.recipe, self.task = data, table, recipe, table.task
+        self.why_wider = "" if recipe.dtype or recipe.precision else _lost(table, recipe.weights)
+        self.dtype = "float64" if self.why_wider else recipe.weights
+        _check_range(data, table, self.dtype, recipe.scale is not False)
         self.x, self.x_test, self.y, self.y_test = split(table.x, table.y, test=recipe.test, seed=recipe.seed)
         outputs = len(table.classes) if table.classes else table.y.shape[1]
         self.sizes = [table.x.shape[1], *recipe.hidden, outputs]
@@ -210,7 +214,7 @@ class Run:
         scale = recipe.scale if recipe.scale is not None else data != "digits"
         self._front = self._scaler(self.x) if scale else None
         self._back = self._scaler(self.y, inverse=True) if self.task == "regression" else None
-        self.model = self._network = mlp(self.sizes, recipe.activation, dropout=self.dropout, dtype=recipe.weights)
+        self.model = self._network = mlp(self.sizes, recipe.activation, dropout=self.dropout, dtype=self.dtype)
         self.loss = "mse" if self._back else "cross_entropy"
         optimizer = OPTIMIZERS[recipe.optimizer](lr=self.lr)
         self.trainer = Trainer(
@@ -221,23 +225,21 @@ class Run:
         self.seconds = 0.0
 
     def _scaler(self, rows: Array, inverse: bool = False) -> Scaler:
-        scaler = Scaler(rows.shape[1], inverse=inverse)
-        scaler.dtype = self.recipe.weights
-        return scaler.fit(rows)
+        return Scaler(rows.shape[1], inverse, self.dtype).fit(rows)
 
     def _check_loss(self) -> None:
-        """Raise if the loss of numbers, in their own units, is beyond the type that it is computed in."""
+        """Raise if the loss of numbers, in their own units, is beyond float64, in which figures are formed."""
         if self._back is None:
             return
         outputs, spread = self.sizes[-1], float(np.ptp(self.y, axis=0).max())
-        mean = Sequential(Dense(1, outputs, init="zeros"), copy.deepcopy(self._back), dtype=self.recipe.weights)
+        mean = Sequential(Dense(1, outputs, init="zeros"), copy.deepcopy(self._back), dtype=self.dtype)
         mean.output_kind = "identity"  # it says the mean
         with np.errstate(all="ignore"):
             loss = figures(mean, np.zeros((len(self.y), 1)), self.y, self.trainer.backend.device)["loss"]
         if not (math.isfinite(loss) and (loss > 0 or spread == 0)):
             column = f"column {cut(repr(self.table.target or 'y'))}"
-            apart = f"the numbers of {column} lie {spread:.3g} apart, and squares of that are beyond"
-            raise ValueError(f"{self.data}: {apart} {self.recipe.weights}; {_wider(self.recipe.weights, spread)}")
+            apart = f"the numbers of {column} lie {spread:.3g} apart, and squares of that are beyond float64"
+            raise ValueError(f"{self.data}: {apart}; {_wider('float64', spread)}")
 
     def fit(self, progress: bool | None = None, *, validate: bool = False) -> None:
         """Train; when it ends, also by Ctrl-C, `model` is the network in the data's own units.
@@ -257,7 +259,7 @@ class Run:
             self.seconds = time.perf_counter() - begun
             if self._front is not None or self._back is not None:
                 layers = [layer for layer in (self._front, *self._network.layers, self._back) if layer is not None]
-                self.model = Sequential(*layers, dtype=self.recipe.weights)
+                self.model = Sequential(*layers, dtype=self.dtype)
                 self.model.output_kind = self._network.output_kind
 
     def figures(self) -> dict[str, dict[str, float]]:
@@ -282,8 +284,8 @@ class Run:
         named = f" in {table.target!r}" if table.target else ""
         dropout = f", dropout {self.dropout:g}" if self.dropout and recipe.hidden else ""
         layout, batch = "-".join(map(str, self.sizes)), min(recipe.batch_size, len(self.x))
-        weights = f"{self.model.parameter_count:,} parameters, {recipe.weights}"
-        computed = f", computed in {recipe.precision}" if recipe.precision not in (None, recipe.weights) else ""
+        weights = f"{self.model.parameter_count:,} parameters, {self.dtype}"
+        computed = f", computed in {recipe.precision}" if recipe.precision not in (None, self.dtype) else ""
         rule = f"{recipe.optimizer}, learning rate {self.lr:g}"
         rule += f", clipped to norm {recipe.clip_norm:g}" if recipe.clip_norm is not None else ""
         return [
@@ -291,12 +293,13 @@ class Run:
             ("data", f"{self.data}: {len(table.x):,} rows, {_count(self.sizes[0], 'column')}, {goal}{named}"),
             ("split", f"{len(self.x):,} rows to train, {len(self.x_test):,} held out, seed {recipe.seed}"),
             ("network", f"{layout}, {recipe.activation}{dropout}, {weights}{computed}"),
+            *([("float64", f"because {self.why_wider}")] if self.why_wider else []),
             ("training", f"{recipe.epochs} epochs in batches of {batch}, {rule}"),
         ]
 
     def report(self) -> dict[str, Any]:
         """Everything about the run but the figures, as JSON holds it."""
-        recipe = asdict(self.recipe) | {"lr": self.lr, "dropout": self.dropout}
+        recipe = asdict(self.recipe) | {"lr": self.lr, "dropout": self.dropout, "dtype": self.dtype}
         return {
             "gpubackprop": __version__, **recipe, **self.extra, "device": self.trainer.backend.device,
             "rows": len(self.table.x), "train_rows": len(self.x), "held_out_rows": len(self.x_test),
@@ -316,10 +319,10 @@ def _check_classes(data: str, table: Table) -> None:
     raise ValueError(f"{data}: {got}, expected two rows or more of most; {remedy}")
 
 
-def _check_range(data: str, table: Table, recipe: Recipe) -> None:
+def _check_range(data: str, table: Table, weights: str, scaled_x: bool) -> None:
     """Raise if a column, or how far its numbers lie apart, is beyond the numbers of the weights' type."""
-    limits, weights = np.finfo(recipe.weights), recipe.weights
-    parts: list[tuple[Array, list[str] | None, bool]] = [(table.x, table.columns, recipe.scale is not False)]
+    limits = np.finfo(weights)
+    parts: list[tuple[Array, list[str] | None, bool]] = [(table.x, table.columns, scaled_x)]
     if table.y is not None and table.task == "regression":
         parts.append((table.y, [table.target or "y"] * table.y.shape[1], True))
     for rows, names, scaled in parts:
@@ -342,6 +345,15 @@ def _check_range(data: str, table: Table, recipe: Recipe) -> None:
 def _wider(weights: str, size: float) -> str:
     """What helps with numbers of that size, whose squares are taken."""
     return "use --dtype float64" if weights == "float32" and 1e-150 < size < 1e150 else "scale it by a power of ten"
+
+
+def _lost(table: Table, dtype: str) -> str:
+    """What the type would lose of a column or of the target, in words; empty if nothing that matters."""
+    if (loss := lost(table.x, dtype)) is not None:
+        return loss.phrase(cut(repr(table.columns[loss.column])) if table.columns else "")
+    if table.task == "regression" and table.y is not None and (loss := lost(table.y, dtype)) is not None:
+        return f"the target's {loss.phrase()}" if table.target is None else loss.phrase(cut(repr(table.target)))
+    return ""
 
 
 def _scaled(rows: Array, scaler: Scaler | None) -> Array:

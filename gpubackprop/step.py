@@ -21,6 +21,7 @@ from gpubackprop.penalty import Penalty
 from gpubackprop.plan import Plan, run, within
 from gpubackprop.precision import Precision
 from gpubackprop.rerun import calls_own_code, replay_checked
+from gpubackprop.spread import spread
 from gpubackprop.tensor import Tensor
 
 __all__ = ["Graphs", "Keeper", "Source", "StagedSource", "Step", "Sums", "Terms"]
@@ -112,12 +113,16 @@ class Sums:
         """The first step whose loss was not finite, or 0."""
         return self.tally.read()[1]
 
-    def figures(self, rows: int, y: Array, weight: float) -> dict[str, float]:
-        """Mean loss, by weight, and metrics over that many rows of that weight together, whose targets are y."""
+    def spread(self, y: Array) -> Array | None:
+        """The squared deviations of the targets, column by column, if a metric needs them."""
+        return spread(y).squares if any(m.spread for m, _ in self.metrics) else None
+
+    def figures(self, rows: int, squares: Array | None, weight: float) -> dict[str, float]:
+        """Mean loss, by weight, and metrics over that many rows of that weight together, whose targets spread so."""
         loss, _, correct = self.tally.read()
         read = self.backend.to_numpy
-        values = ((m, np.asarray(correct) if sums is None else read(sums)) for m, sums in self.metrics)
-        return {"loss": loss / weight} | {m.name: m.value(v, rows, y) for m, v in values}
+        values = ((m, np.array([[correct], [0]]) if sums is None else read(sums)) for m, sums in self.metrics)
+        return {"loss": loss / weight} | {m.name: m.value(v, rows, squares) for m, v in values}
 
 
 @dataclass(frozen=True)

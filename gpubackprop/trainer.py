@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.backends import get_backend
-from gpubackprop.backends.base import Buffer, StepTable, Workspace, is_on_device
+from gpubackprop.backends.base import Backend, Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.callbacks import Callback, EarlyStopping, around
 from gpubackprop.checks import flag, number, whole
 from gpubackprop.columns import History
-from gpubackprop.data import as_features, by_name, check_same_length, column_names, labels_of
+from gpubackprop.data import as_features, as_targets, by_name, check_same_length, column_names, labels_of
 from gpubackprop.device_data import check_one_place, on_device, taken
+from gpubackprop.evaluation import add_up, host_of, part_height
 from gpubackprop.layers import edges
 from gpubackprop.lbfgs import Curvature, SearchStep
 from gpubackprop.losses import objective
@@ -31,12 +33,13 @@ from gpubackprop.optimizers import LBFGS, OPTIMIZERS, Optimizer
 from gpubackprop.penalty import Penalty, Strength
 from gpubackprop.plan import Plan
 from gpubackprop.precision import precision as precision_named
-from gpubackprop.predictor import as_output, settings
+from gpubackprop.predictor import CHUNK_ROWS, as_output, settings
 from gpubackprop.progress import Bar, Interrupts
 from gpubackprop.rates import check_measured, measures
 from gpubackprop.rerun import calls_own_code
 from gpubackprop.room import explained
 from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
+from gpubackprop.spread import lost, unsquared
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
 from gpubackprop.threads import exclusive, trains, using
@@ -114,7 +117,6 @@ class Trainer:
         self._optimizer = _optimizer(optimizer)
         if isinstance(metrics, str):
             raise TypeError(f"Trainer: metrics must be a list of names, got {metrics!r}; use metrics=[{metrics!r}]")
-        self.metrics = None if metrics is None else [metric(m) for m in metrics]  # None: the loss's own
         self.seed = seed_or_fresh(seed, "Trainer")
         named = precision_named(precision or np.dtype(model.dtype).name)
         master = np.dtype(named.master)
@@ -122,6 +124,9 @@ class Trainer:
             objective(loss).smoothed(label_smoothing), named, Penalty(l1, l2), _limit("clip_norm", clip_norm, master),
             _limit("clip_value", clip_value, master), whole("Trainer", "accumulate", accumulate), self.seed,
         )  # fmt: skip
+        self.metrics = (
+            None if metrics is None else [metric(m, self.objective.head) for m in metrics]
+        )  # None: the loss's
         self.cuda_graph = flag("Trainer", "cuda_graph", cuda_graph)
         self.history = History()
         self.epoch = self.step = 0  # step: updates made
@@ -276,7 +281,7 @@ class Trainer:
             held = None
             if validation_data is not None:
                 held_x, held_y, held_w = (*_held_out(validation_data), None)[:3]
-                held = self._data(held_x, held_y, "fit: validation_data", held_w, named=named)
+                held = self._data(held_x, held_y, "fit: validation_data", held_w, named=named, exact=True)
             batch_size = self._rows(len(x), batch_size)
             try:
                 return self._fit(
@@ -335,6 +340,7 @@ class Trainer:
         self.model.output_kind = self.objective.head
         self.model.feature_names, self.model.target_names = named
         source = self._source(x, y, w, batch_size)
+        squares = sums.spread(y)
         if (count := -(-len(x) // batch_size)) > self._table.capacity:
             self._table = self._new_table(2 * count, self._control())
             self._steps.clear()  # they read the old one
@@ -352,7 +358,7 @@ class Trainer:
                     begun = self.step, self._batches, self._control()
                     applied |= self._run_epoch(source, steps, sums, keeper, interrupts, bar, seen, begun)
                     try:
-                        figures = sums.figures(len(x), y, float(seen[-1])) | self._rate()
+                        figures = sums.figures(len(x), squares, float(seen[-1])) | self._rate()
                         figures |= self._validated(held_out, figures["loss"])
                     except BaseException:
                         self._go_back(keeper, begun)
@@ -556,20 +562,35 @@ class Trainer:
     @exclusive
     def evaluate(self, x: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, by weight where rows have weights, penalties included, and metrics over the rows, without training
-        behaviour."""
+        behaviour.
+
+        Outputs are taken in the model's type, and all that is made of them in float64 on the host, some rows at a time;
+        a loss that is a function gets all rows at once, as tensors of the model's.
+        """
         if not trains(self.model):
             self._follow()
-        return self._figures(*self._data(x, y, "evaluate", sample_weight))
+        return self._figures(*self._data(x, y, "evaluate", sample_weight, exact=True))
 
-    def _figures(self, x: Array, y: Array, w: Array | None) -> dict[str, float]:
-        output, target = (Tensor(self.backend.asarray(a), self.backend) for a in (self.model._predict(x), y))
-        weights = None if w is None else Tensor(self.backend.asarray(w), self.backend)
-        sums = self._new_sums(y, output.shape[1])
-        self.objective.tallied(output, target, self._table, sums.tally, sums.counts, weights)
-        sums.add(output, target)
+    def _figures(self, x: Buffer, y: Array, w: Array | None) -> dict[str, float]:
+        predict = partial(self.model._predict, checked=True)
+        whole = predict(x) if self.objective.own or len(x) <= CHUNK_ROWS else None
+        outputs = self._outputs(x.shape[1], 2) if whole is None else whole.shape[1]
+        sums = self._new_sums(y, outputs, host_of(self.backend), np.float64)
+        read = np.asarray if sums.backend is self.backend else self.backend.to_numpy
+        height = part_height(outputs, CHUNK_ROWS)
+        parts = (x[i : i + height] for i in range(0, len(x), height))
+        add_up(self.objective, sums, map(read, map(predict, parts) if whole is None else [whole]), y, w)
         weight = len(y) if w is None else float(w.sum(dtype=np.float64))
-        figures = sums.figures(len(y), y, weight)
+        figures = sums.figures(len(y), sums.spread(y), weight)
+        if self.objective.own and whole is not None:
+            figures["loss"] = self._own_loss(whole, y)
         return figures | {"loss": figures["loss"] + self.penalty.value(self.model.arena, weight)}
+
+    def _own_loss(self, output: Buffer, y: Array) -> float:
+        """The mean loss by a user's function, of tensors such as it is trained on."""
+        target = y if y.ndim == 1 else as_targets(y, self.model.dtype, y.shape[1], "evaluate")
+        total = self.objective.total(Tensor(output, self.backend), Tensor(self.backend.asarray(target), self.backend))
+        return float(total.item()) / len(y)
 
     def predict(self, x: Any) -> Any:
         """The raw output for every row (logits, for a classifier): a NumPy array, or a device array for x on
@@ -624,31 +645,54 @@ class Trainer:
     def _data(
         self, x: Any, y: Any, where: str, sample_weight: Any = None,
         class_weight: Mapping[Any, float] | str | None = None, named: tuple[Names, Names] | None = None,
+        exact: bool = False,
     ) -> tuple[Buffer, Array, Array | None]:  # fmt: skip
-        """x as checked rows, where it lies; y as checked targets, and the weights of the rows if any, on the host.
+        """x as checked rows, where it lies; y as checked targets, and the weights of the rows if any, on the host: in
+        the model's type, to be trained on, or with exact=True as they were given, to be measured by.
 
         Frames' columns are taken by the model's names, or these.
         """
         names = self._names(x, y) if named is None else named
         x, y = (by_name(a, known, where, name) for a, known, name in zip((x, y), names, "xy", strict=True))
         check_one_place(x, y, where)
+        dtype = self.model.dtype
         if is_on_device(x):
-            rows = on_device(x, self.backend, self.model.dtype, self.model.inputs, where, "x")
+            rows = on_device(x, self.backend, dtype, self.model.inputs, where, "x")
+            given = rows if x.dtype == dtype else self.backend.to_numpy(taken(x, self.backend, where, "x"))
             y = self.backend.to_numpy(taken(y, self.backend, where, "y"))
             if is_on_device(sample_weight):
                 sample_weight = self.backend.to_numpy(taken(sample_weight, self.backend, where, "sample_weight"))
         else:
-            rows = as_features(x, self.model.dtype, self.model.inputs, where)
+            given = as_features(x, None, self.model.inputs, where, finite=False)
+            rows = as_features(given, dtype, None, where)
             if where == "fit" and self.precision.compute == "float16":
                 as_features(rows, np.float16, None, where)  # what overflows it is named here, by row and column
         check_same_length(rows, y, where)
         outputs = self._outputs(rows.shape[1], 2)
-        targets = self.objective.targets(y, self.model.dtype, outputs, where)
+        targets = self.objective.targets(y, None, outputs, where)
         if self.objective.classes and (self.metrics is None or [m.name for m in self.metrics] == ["accuracy"]):
             targets = labels_of(targets)  # accuracy counts them
         weights = row_weights(self.objective, targets, outputs, sample_weight, class_weight, where)
-        targets = self.objective.softened(targets)
-        return rows, targets, weights if weights is None else weights.astype(self.model.dtype)
+        if exact:
+            return rows, targets, weights
+        if where == "fit":
+            self._warn_of_rounding(given, targets)
+        if targets.ndim == 2:
+            targets = self.objective.softened(as_targets(targets, dtype, targets.shape[1], where))
+        return rows, targets, weights if weights is None else weights.astype(dtype)
+
+    def _warn_of_rounding(self, x: Buffer, y: Array) -> None:
+        """Say which column of what `fit` was given the model's type cannot hold, before anything is trained."""
+        dtype, wider = np.dtype(self.model.dtype), ", or make the model with dtype='float64'"
+        for name, a in (("x", x), ("y", y)):
+            if a.dtype != dtype and a.ndim == 2 and (loss := lost(a, dtype)) is not None:
+                remedy = f"subtract its mean and divide by its deviation in float64 first{wider}"
+                warnings.warn(f"fit: {name} {loss.phrase()}; {remedy}", RuntimeWarning, stacklevel=4)
+        squares = self.objective.head == "identity" or any(m.squares for m in self.metrics or ())
+        if squares and y.ndim == 2 and (what := unsquared(y, dtype)) is not None:
+            figures = "the loss and its gradient would vanish or overflow"
+            remedy = f"divide y by its deviation{wider if dtype == np.float32 else ''}"
+            warnings.warn(f"fit: y {what}, so that {figures}; {remedy}", RuntimeWarning, stacklevel=4)
 
     def _outputs(self, columns: int, rows: int, training: bool = False, target: Array | None = None) -> int:
         """Columns of the model's output, found by binding its forward without running it: layers check shapes here."""
@@ -673,20 +717,23 @@ class Trainer:
             self._sums[outputs, labels] = self._new_sums(y, outputs)
         return self._sums[outputs, labels]
 
-    def _new_sums(self, y: Array, outputs: int) -> Sums:
+    def _new_sums(
+        self, y: Array, outputs: int, backend: Backend | None = None, dtype: npt.DTypeLike | None = None
+    ) -> Sums:
+        """Sums for targets like y, of the trainer's own backend and type unless others are given."""
         labels = y.ndim == 1
         soft = self.objective.classes and not labels
         if self.metrics is None:
-            chosen = [metric(m) for m in self.objective.metrics if not soft]
+            chosen = [metric(m, self.objective.head) for m in self.objective.metrics if not soft]
         elif soft and any(m.name == "accuracy" for m in self.metrics):
             raise ValueError("metric 'accuracy' counts labels, but y holds rows of class weights; leave it out")
-        elif self.objective.head == "identity" and any(m.name == "accuracy" for m in self.metrics):
+        elif self.objective.head in ("identity", "exp") and any(m.name == "accuracy" for m in self.metrics):
             raise ValueError(
                 f"metric 'accuracy' counts classes, but the loss is {self.objective.name}; use 'r2' or 'mae'"
             )
         else:
             chosen = self.metrics
-        return Sums(self.backend, chosen, outputs, self.model.dtype, labels)
+        return Sums(backend or self.backend, chosen, outputs, dtype or self.model.dtype, labels)
 
 
 def _applies(head: str | None, forward: Plan) -> bool:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 
 # A module may import from its own level or a lower one.
 LEVELS = [
-    {"names", "formulas", "checks", "columns", "threads"},
+    {"names", "formulas", "checks", "columns", "spread", "threads"},
     {"files"},
     {"backends"},
     {"plan", "observe"},
@@ -26,7 +26,7 @@ LEVELS = [
     {"layers", "losses", "metrics", "optimizers", "precision", "tables"},
     {"moments", "penalty", "rerun"},
     {"step", "progress", "checkpoint", "scaling", "pruning"},
-    {"room", "callbacks", "lbfgs", "row_weights"},
+    {"room", "callbacks", "lbfgs", "row_weights", "evaluation"},
     {"trainer"},
     {"range_test", "guessing", "diagnostics"},
     {"nan_search", "report", "lab", "landscape"},

@@ -234,7 +234,7 @@ def test_divergence_restores_the_scale_of_the_loss():
     ]  # fmt: skip
     for trainer in trainers:
         trainer.fit(x[:64], t, epochs=1, batch_size=16)
-    with pytest.raises(gb.TrainingDiverged):
+    with pytest.raises(gb.TrainingDiverged), pytest.warns(RuntimeWarning, match="y column 0 has numbers of about 1.2"):
         trainers[0].fit(x[:64], bad, epochs=1, batch_size=16, shuffle=False)
     for trainer in trainers:
         trainer.fit(x[:64], t, epochs=2, batch_size=16)

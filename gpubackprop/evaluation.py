@@ -1,0 +1,56 @@
+"""Evaluation: loss and metrics of outputs already computed, in float64 on the host, a part of the rows at a time."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpubackprop.backends import Backend, get_backend
+from gpubackprop.losses import Objective
+from gpubackprop.step import Sums
+from gpubackprop.tensor import Tensor
+
+__all__ = ["add_up", "host_of", "part_height"]
+
+Array = npt.NDArray[Any]
+PART = 2**18  # elements of the outputs at a time
+
+
+def host_of(backend: Backend) -> Backend:
+    """The backend that forms figures: this one, or for a CUDA device, whose kernels have no float64, the CPU's."""
+    return backend if backend.device.startswith("cpu") else get_backend("cpu")
+
+
+def part_height(outputs: int, multiple: int = 1) -> int:
+    """Rows of so many outputs to take at a time: a multiple of that number."""
+    return max(1, PART // outputs // multiple) * multiple
+
+
+def add_up(objective: Objective, sums: Sums, parts: Iterable[Array], y: Array, w: Array | None) -> None:
+    """Add metrics of the outputs to the sums, and the loss if it is known by name; each of `parts` holds the rows that
+    follow those of the one before."""
+    if objective.own and not sums.metrics:
+        return
+    back, row = sums.backend, 0
+    table = back.step_table((), np.float64, 1)
+    for outputs in parts:
+        height = part_height(outputs.shape[1])
+        for start in range(0, len(outputs), height):
+            values = outputs[start : start + height]
+            rows = slice(row, row := row + len(values))
+            output, target = Tensor(_wide(values), back), Tensor(_target(objective, y[rows]), back)
+            if not objective.own:
+                weights = None if w is None else Tensor(_wide(w[rows]), back)
+                objective.tallied(output, target, table, sums.tally, sums.counts, weights)
+            elif sums.counts:
+                back.top1(output.buffer, target.buffer, sums.tally).run()
+            sums.add(output, target)
+
+
+def _target(objective: Objective, y: Array) -> Array:
+    return np.ascontiguousarray(y) if y.ndim == 1 else objective.softened(_wide(y))
+
+
+def _wide(a: Array) -> Array:
+    return np.ascontiguousarray(a, np.float64)
