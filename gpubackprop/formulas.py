@@ -312,12 +312,14 @@ p -= where(c > 0, lr, where(c < 0, -lr, 0))
 m += (1 - beta2) * (g - m)
 """
 
-# high + low grows by part, as exact as twice the bits (Knuth's TwoSum), because nothing is contracted.
+# high + low grows by part, as exact as twice the bits (Knuth's TwoSum, Dekker's for the carry), because nothing is
+# contracted; without the carry the errors of low would add up over many parts.
 TWO_SUM = """
 total = high + part
 rest = total - high
-low += (high - (total - rest)) + (part - rest)
-high = total
+low = where(total - total == 0, low + (high - (total - rest)) + (part - rest), 0)
+high = total + low
+low -= high - total
 """
 
 # A name ending in _t is its constant to the power t, the number of the step counted from 1.
