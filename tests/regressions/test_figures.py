@@ -1,4 +1,4 @@
-"""Figures are what float64 makes of the model's outputs and of the targets as they were given, for any number of rows."""
+"""Figures are what float64 makes of the outputs and of the targets as they were given, for any number of rows."""
 
 import tracemalloc
 

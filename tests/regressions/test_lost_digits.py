@@ -54,9 +54,12 @@ def test_a_column_is_lost_where_rounding_reaches_a_hundredth_of_its_deviation(of
 
 
 @pytest.mark.parametrize("a", [
-    np.full((50, 1), 1e8 / 3), 0.1 * np.arange(3)[:, None] * 0 + [[0.3], [0.1 + 0.2], [0.3]], np.arange(50)[:, None] + 1e4,
+    np.full((50, 1), 1e8 / 3),
+    0.1 * np.arange(3)[:, None] * 0 + [[0.3], [0.1 + 0.2], [0.3]],
+    np.arange(50)[:, None] + 1e4,
     1.7e9 + 86400 * np.arange(365)[:, None], (2**24 + np.arange(9)[:, None]).astype("f"), np.arange(9)[:, None] > 3,
-    np.append(np.zeros(99999), 1e9)[:, None], 2000 + np.arange(25)[:, None], np.zeros((3, 1)), np.full((3, 1), -1e300) * 0,
+    np.append(np.zeros(99999), 1e9)[:, None], 2000 + np.arange(25)[:, None],
+    np.zeros((3, 1)), np.full((3, 1), -1e300) * 0,
 ], ids=range(10))  # fmt: skip
 def test_columns_with_nothing_to_lose(a):
     assert lost(a, "float32") is None
@@ -167,7 +170,8 @@ def table_of(x, y, classes=None):
 
 
 @pytest.mark.parametrize("y", [
-    lambda t: 1e8 + t, lambda t: 3e7 + t, lambda t: 1e7 + t, lambda t: 1e25 * t, lambda t: 1e-25 * t, lambda t: 1e-100 * t,
+    lambda t: 1e8 + t, lambda t: 3e7 + t, lambda t: 1e7 + t, lambda t: 1e25 * t, lambda t: 1e-25 * t,
+    lambda t: 1e-100 * t,
 ], ids=range(6))  # fmt: skip
 def test_a_run_prints_the_figures_of_the_model_that_it_saves(y, rng):
     t = rng.normal(size=300)
