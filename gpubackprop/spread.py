@@ -138,7 +138,7 @@ def _moments(a: Array, unit: Floats | None) -> tuple[Floats, Floats]:
     (Chan et al., "Algorithms for Computing the Sample Variance")."""
     n, mean, squares = 0, np.zeros(a.shape[1]), np.zeros(a.shape[1])
     for part in _parts(a):
-        z = part.astype(np.float64)
+        z = part.astype(np.float64, "C")  # bits that do not depend on the layout
         if unit is not None:
             z *= unit
         own, m = z.mean(0), len(z)
