@@ -180,8 +180,8 @@ def test_a_run_prints_the_figures_of_the_model_that_it_saves(y, rng):
     assert figures["r2"] > 0.9
 
 
-@pytest.mark.parametrize("x", [lambda t: 1.7e9 + 10 * t, lambda t: 1e8 + t, lambda t: 1e40 * t, lambda t: 1e300 * t,
-                               lambda t: 1e-100 * t], ids=range(5))  # fmt: skip
+@pytest.mark.parametrize("x", [lambda t: 1.7e9 + 10 * t, lambda t: 1e8 + t, lambda t: 1e40 * t,
+                               lambda t: 1e-100 * t], ids=range(4))  # fmt: skip
 def test_what_was_trained_is_what_is_served(x, rng):
     t = rng.normal(size=300)
     run, figures = trained(table_of(x(t)[:, None], (t > 0).astype(int), ["n", "p"]), dropout=0.0)
