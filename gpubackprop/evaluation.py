@@ -8,13 +8,14 @@ import numpy.typing as npt
 
 from gpubackprop.backends import Backend, get_backend
 from gpubackprop.losses import Objective
+from gpubackprop.predictor import CHUNK_ROWS
 from gpubackprop.step import Sums
 from gpubackprop.tensor import Tensor
 
-__all__ = ["add_up", "host_of", "part_height"]
+__all__ = ["add_up", "host_of", "rows_at_a_time"]
 
 Array = npt.NDArray[Any]
-PART = 2**18  # elements of the outputs at a time
+PREDICTED, MEASURED = 2**20, 2**18  # elements of the outputs at a time; the latter, in float64, stay in the cache
 
 
 def host_of(backend: Backend) -> Backend:
@@ -22,9 +23,9 @@ def host_of(backend: Backend) -> Backend:
     return backend if backend.device.startswith("cpu") else get_backend("cpu")
 
 
-def part_height(outputs: int, multiple: int = 1) -> int:
-    """Rows of so many outputs to take at a time: a multiple of that number."""
-    return max(1, PART // outputs // multiple) * multiple
+def rows_at_a_time(outputs: int) -> int:
+    """Rows of so many outputs to predict at a time."""
+    return max(1, PREDICTED // outputs // CHUNK_ROWS) * CHUNK_ROWS
 
 
 def add_up(objective: Objective, sums: Sums, parts: Iterable[Array], y: Array, w: Array | None) -> None:
@@ -35,7 +36,7 @@ def add_up(objective: Objective, sums: Sums, parts: Iterable[Array], y: Array, w
     back, row = sums.backend, 0
     table = back.step_table((), np.float64, 1)
     for outputs in parts:
-        height = part_height(outputs.shape[1])
+        height = max(1, MEASURED // outputs.shape[1])
         for start in range(0, len(outputs), height):
             values = outputs[start : start + height]
             rows = slice(row, row := row + len(values))

@@ -21,7 +21,7 @@ from gpubackprop.checks import flag, number, whole
 from gpubackprop.columns import History
 from gpubackprop.data import as_features, as_targets, by_name, check_same_length, column_names, labels_of
 from gpubackprop.device_data import check_one_place, on_device, taken
-from gpubackprop.evaluation import add_up, host_of, part_height
+from gpubackprop.evaluation import add_up, host_of, rows_at_a_time
 from gpubackprop.layers import edges
 from gpubackprop.lbfgs import Curvature, SearchStep
 from gpubackprop.losses import objective
@@ -577,7 +577,7 @@ class Trainer:
         outputs = self._outputs(x.shape[1], 2) if whole is None else whole.shape[1]
         sums = self._new_sums(y, outputs, host_of(self.backend), np.float64)
         read = np.asarray if sums.backend is self.backend else self.backend.to_numpy
-        height = part_height(outputs, CHUNK_ROWS)
+        height = rows_at_a_time(outputs)
         parts = (x[i : i + height] for i in range(0, len(x), height))
         add_up(self.objective, sums, map(read, map(predict, parts) if whole is None else [whole]), y, w)
         weight = len(y) if w is None else float(w.sum(dtype=np.float64))
