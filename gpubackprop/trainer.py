@@ -124,9 +124,7 @@ class Trainer:
             objective(loss).smoothed(label_smoothing), named, Penalty(l1, l2), _limit("clip_norm", clip_norm, master),
             _limit("clip_value", clip_value, master), whole("Trainer", "accumulate", accumulate), self.seed,
         )  # fmt: skip
-        self.metrics = (
-            None if metrics is None else [metric(m, self.objective.head) for m in metrics]
-        )  # None: the loss's
+        self.metrics = None if metrics is None else [metric(m, self.objective.head) for m in metrics]
         self.cuda_graph = flag("Trainer", "cuda_graph", cuda_graph)
         self.history = History()
         self.epoch = self.step = 0  # step: updates made
