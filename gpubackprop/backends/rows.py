@@ -1,6 +1,5 @@
 """Row-wise kernels of the reference: softmax with cross-entropy, normalisation, draws, as lists of NumPy calls."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -160,29 +159,23 @@ def _statistics(axis: int, eps: float, x: Array, mean: Array, variance: Array, r
     """
     centre, spread, scale = (np.expand_dims(a, axis) for a in (mean, variance, rstd))
     top, rest = (x[:, :1] if axis else x[:1]), np.empty_like(centre)
-    height = max(1, math.isqrt(len(x)))  # of blocks of rows, which NumPy adds one by one
-    blocks, left = np.split(work, [len(x) // height * height])
-    blocks = blocks.reshape(-1, height, x.shape[1])
-    parts = np.empty((len(blocks) + 1, x.shape[1]), x.dtype)
     share, small, one = (np.array(v, x.dtype) for v in (1 / x.shape[axis], eps, 1))
 
-    def total(out: Array) -> list[Call]:
-        if axis:
-            return [partial(np.add.reduce, work, 1, None, out, True)]
-        return [
-            partial(np.add.reduce, blocks, 1, None, parts[:-1]), partial(np.add.reduce, left, 0, None, parts[-1]),
-            partial(np.add.reduce, parts, 0, None, out, True),
-        ]  # fmt: skip
-
     return [
-        partial(np.subtract, x, top, work), *total(centre),
+        partial(np.subtract, x, top, work), *_total(work, axis, centre),
         partial(np.multiply, centre, share, centre), partial(np.add, top, centre, centre),
-        partial(np.subtract, x, centre, work), *total(rest),
+        partial(np.subtract, x, centre, work), *_total(work, axis, rest),
         partial(np.multiply, rest, share, rest), partial(np.add, centre, rest, centre),
         partial(np.multiply, rest, rest, rest), partial(np.multiply, work, work, work),
-        *total(spread), partial(np.multiply, spread, share, spread), partial(np.subtract, spread, rest, spread),
-        partial(np.add, spread, small, scale), partial(np.sqrt, scale, scale), partial(np.divide, one, scale, scale),
+        *_total(work, axis, spread), partial(np.multiply, spread, share, spread),
+        partial(np.subtract, spread, rest, spread), partial(np.add, spread, small, scale),
+        partial(np.sqrt, scale, scale), partial(np.divide, one, scale, scale),
     ]  # fmt: skip
+
+
+def _total(x: Array, axis: int, out: Array) -> list[Call]:
+    """out = Σ x along the axis of a matrix, which out keeps."""
+    return line_sum(np.expand_dims(x, 2 if axis else 0), out)
 
 
 def normalize_backward(
@@ -207,8 +200,8 @@ def normalize_backward(
         d, share = np.empty_like(dy), np.array(1 / dy.shape[axis], dy.dtype)
         calls += [
             partial(np.multiply, dy, gain, d), partial(np.multiply, d, xhat, work),
-            partial(np.add.reduce, work, axis, None, part, True), partial(np.multiply, part, share, part),
-            partial(np.multiply, xhat, part, work), partial(np.add.reduce, d, axis, None, part, True),
+            *_total(work, axis, part), partial(np.multiply, part, share, part),
+            partial(np.multiply, xhat, part, work), *_total(d, axis, part),
             partial(np.multiply, part, share, part), partial(np.subtract, d, part, d), partial(np.subtract, d, work, d),
             *adding(partial(np.multiply, d, scale), dx, accumulate[0]),
         ]  # fmt: skip

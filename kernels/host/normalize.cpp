@@ -3,7 +3,7 @@
 // The mean is that of the differences from a line's first element, corrected by the mean of what it leaves; the variance
 // is corrected by the same (Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance"). So a line of equal
 // elements has its element as mean and 0 as variance. A line whose squares overflow is seen once more, scaled by a power
-// of two. Sums over the rows go in blocks of HEIGHT, and the blocks in order.
+// of two. Sums over the rows go in blocks of HEIGHT, and the blocks in order, in double.
 #include "host.h"
 
 namespace gpubackprop {
@@ -30,21 +30,22 @@ static inline void conclude(R& mean, R& variance, R& rstd, R centre, R sum, R sq
 template <typename Value>
 static inline void sum_rows(Index rows, Index width, R* sums, const Value& value) {
     R block[WIDTH];
-    for (Index c = 0; c < width; ++c) sums[c] = 0;
+    double total[WIDTH] = {};
     for (Index first = 0; first < rows; first += HEIGHT) {
         for (Index c = 0; c < width; ++c) block[c] = 0;
         for (Index row = first; row < rows && row < first + HEIGHT; ++row) {
             LOOP for (Index c = 0; c < width; ++c) block[c] += value(row, c);
         }
-        for (Index c = 0; c < width; ++c) sums[c] += block[c];
+        for (Index c = 0; c < width; ++c) total[c] += double(block[c]);
     }
+    for (Index c = 0; c < width; ++c) sums[c] = R(total[c]);
 }
 
 // Σ value(row, column) and Σ value² in the same way.
 template <typename Value>
 static inline void sum_squares(Index rows, Index width, R* sums, R* squares, const Value& value) {
     R block[WIDTH], block_squares[WIDTH];
-    for (Index c = 0; c < width; ++c) sums[c] = squares[c] = 0;
+    double total[WIDTH] = {}, total_squares[WIDTH] = {};
     for (Index first = 0; first < rows; first += HEIGHT) {
         for (Index c = 0; c < width; ++c) block[c] = block_squares[c] = 0;
         for (Index row = first; row < rows && row < first + HEIGHT; ++row) {
@@ -54,8 +55,12 @@ static inline void sum_squares(Index rows, Index width, R* sums, R* squares, con
                 block_squares[c] += v * v;
             }
         }
-        for (Index c = 0; c < width; ++c) sums[c] += block[c], squares[c] += block_squares[c];
+        for (Index c = 0; c < width; ++c) {
+            total[c] += double(block[c]);
+            total_squares[c] += double(block_squares[c]);
+        }
     }
+    for (Index c = 0; c < width; ++c) sums[c] = R(total[c]), squares[c] = R(total_squares[c]);
 }
 
 // body(first column, width) of each strip.

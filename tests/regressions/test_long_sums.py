@@ -85,6 +85,21 @@ def test_the_loss_of_a_large_batch_and_its_bias_gradient(host):
 
 
 @host
+def test_the_statistics_of_a_large_batch_and_their_gradients(host):
+    n, value = 200_000, 0.9
+    columns = [np.where(np.arange(n) == 0, 0, value), np.where(np.arange(n) % 2 == 0, value, -value)]
+    x = gb.tensor(np.stack(columns, 1).astype("f"), requires_grad=True, device=host)
+    gain, bias = (gb.tensor(np.full(2, v, "f"), requires_grad=True, device=host) for v in (1, 0))
+    y, mean, variance = gb.batch_norm(x, gain, bias)
+    (y * np.float32(value)).sum().backward()
+    exact = x.numpy().astype(np.float64)
+    np.testing.assert_allclose(mean, exact.mean(0), rtol=CLOSE, atol=CLOSE)
+    np.testing.assert_allclose(variance, exact.var(0), rtol=2e-6)
+    np.testing.assert_allclose(bias.grad.numpy() / n, [value, value], rtol=CLOSE)
+    assert np.abs(x.grad.numpy()[1:]).max() < 1e-6 * value * np.abs(1 / np.sqrt(exact.var(0) + 1e-5)).max()
+
+
+@host
 def test_a_sum_is_the_same_bits_each_time(host, rng):
     x = gb.tensor(rng.normal(size=(30_011, 7)).astype("f"), device=host)
     first = x.sum(axis=0).numpy()
