@@ -36,9 +36,9 @@ def rebuilt(value, memo):
 def rebuilt_object(value, memo):
     if type(value) in (list, tuple):
         return type(value)(rebuilt(item, memo) for item in value)
-    if type(value) is dict:
-        assert all(isinstance(key, str) for key in value)
-        return {key: rebuilt(item, memo) for key, item in value.items()}
+    if isinstance(value, dict):  # a history too, by its items
+        assert all(isinstance(key, str) for key in value) and not getattr(value, "__dict__", None)
+        return type(value)({key: rebuilt(item, memo) for key, item in value.items()})
     if type(value) is functools.partial:
         return functools.partial(rebuilt(value.func, memo), *rebuilt(value.args, memo), **rebuilt(value.keywords, memo))
     assert type(value).__reduce__ is object.__reduce__, f"{type(value).__name__} is written by its __reduce__"
