@@ -21,6 +21,7 @@ from gpubackprop.device_data import on_device, taken
 from gpubackprop.layers import Dense, mlp
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.solvers import STOCHASTIC, descend, minimise, undone_on_error
+from gpubackprop.threads import exclusive, using
 
 __all__ = ["Perceptron"]
 
@@ -101,6 +102,14 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
 
     # ---- fitting
 
+    def shared(self) -> list[object]:
+        """The objects that threads using the estimator at once share: the estimator."""
+        return [self]
+
+    @exclusive
+    def __getstate__(self) -> Any:
+        return super().__getstate__()
+
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Any:
         """Train on X (n, features) and y (n,) or (n, outputs); returns the estimator.
 
@@ -110,6 +119,11 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
         return self._fit(X, y, sample_weight)
 
     def _fit(self, X: Any, y: Any, sample_weight: Any, incremental: bool = False, classes: Any = None) -> Any:
+        with using("partial_fit" if incremental else "fit", self.shared(), training=True):
+            self._fit_alone(X, y, sample_weight, incremental, classes)
+        return self
+
+    def _fit_alone(self, X: Any, y: Any, sample_weight: Any, incremental: bool, classes: Any) -> None:
         first = not hasattr(self, "model_") or not (self.warm_start or incremental)
         with undone_on_error(self, continuing=not first):
             self._check_parameters()
@@ -124,7 +138,6 @@ class Perceptron(BaseEstimator, ABC):  # type: ignore[misc]
                 minimise(self, x, target, weight, random)
             else:
                 descend(self, x, target, weight, random, incremental)
-        return self
 
     def _check_parameters(self) -> None:
         where = type(self).__name__

@@ -18,16 +18,19 @@ except ImportError as error:
 
 from collections.abc import Sequence
 
-from scipy.special import expit, softmax
+from scipy.special import expit
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.metrics import r2_score
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.multiclass import check_classification_targets, type_of_target, unique_labels
 
+from gpubackprop import ops
 from gpubackprop.callbacks import Callback
 from gpubackprop.checks import choice
 from gpubackprop.perceptron import Perceptron
 from gpubackprop.solvers import STOCHASTIC
+from gpubackprop.tensor import tensor
+from gpubackprop.threads import exclusive
 
 __all__ = ["MLPClassifier", "MLPRegressor"]
 
@@ -113,6 +116,7 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
         right = output.argmax(1) == target if target.ndim == 1 else ((output > 0) == target).all(1)
         return float(np.average(right, weights=weight))
 
+    @exclusive
     def predict(self, X: Any) -> Any:
         """The class of each row (n,), or whether it has each label (n, labels); on the device for a CuPy array."""
         output = self._output(X)
@@ -121,6 +125,7 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
         codes = output.argmax(1) if self.out_activation_ == "softmax" else output[:, 0] > 0
         return self._beside(X, self.classes_.take(codes, mode="clip"))  # clip: where there is but one class
 
+    @exclusive
     def predict_proba(self, X: Any) -> Any:
         """The probability of each class (n, classes), in the order of classes_, or of each label (n, labels).
 
@@ -128,6 +133,7 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
         """
         return self._beside(X, self._probabilities(X))
 
+    @exclusive
     def predict_log_proba(self, X: Any) -> Any:
         """The logarithm of predict_proba: −∞ where that rounds to 0."""
         with np.errstate(divide="ignore"):
@@ -136,7 +142,7 @@ class MLPClassifier(ClassifierMixin, Perceptron):  # type: ignore[misc]
     def _probabilities(self, X: Any) -> Array:
         output = self._output(X)
         if self.out_activation_ == "softmax":
-            found: Array = softmax(output, axis=1)
+            found: Array = ops.softmax(tensor(output)).numpy()  # SciPy's has NaN for an infinite output
         elif len(self.classes_) == 1 and not self._labels:
             found = np.ones_like(output)
         else:
@@ -209,6 +215,7 @@ class MLPRegressor(RegressorMixin, Perceptron):  # type: ignore[misc]
     def _mean(self, output: Array) -> Array:
         return np.exp(output) if self.out_activation_ == "exp" else output
 
+    @exclusive
     def predict(self, X: Any) -> Any:
         """The numbers of each row, (n,) or (n, outputs); on the device for a CuPy array."""
         y = self._mean(self._output(X))

@@ -27,10 +27,10 @@ class using:
     `training` claims them for long; a thread that trains a thing cannot begin to train it again inside.
     """
 
-    __slots__ = ("claimed", "noun", "things", "training", "verb")
+    __slots__ = ("claimed", "things", "training", "verb")
 
-    def __init__(self, verb: str, things: Iterable[object], *, training: bool = False, noun: str = "model") -> None:
-        self.verb, self.things, self.training, self.noun = verb, list(things), training, noun
+    def __init__(self, verb: str, things: Iterable[object], *, training: bool = False) -> None:
+        self.verb, self.things, self.training = verb, list(things), training
         self.claimed: list[int] = []
 
     def __enter__(self) -> None:
@@ -38,13 +38,13 @@ class using:
         keys = [id(thing) for thing in self.things]
         with _changed:
             while any((claim := _claims.get(key)) is not None and claim.thread != me for key in keys):
-                _refuse(self.verb, self.noun, keys, me)
+                _refuse(self.verb, keys, me)
                 if any(claim.thread == me and not claim.training for claim in _claims.values()):
-                    raise RuntimeError(f"{self.verb}: another thread is using this {self.noun}; call it on its own, "
-                                       f"not from within another use of a {self.noun}")  # fmt: skip
+                    raise RuntimeError(f"{self.verb}: another thread is using this model; call it on its own, "
+                                       "not from within another use of a model")  # fmt: skip
                 _changed.wait()
             if self.training and any(_claims[key].training for key in keys if key in _claims):
-                raise RuntimeError(f"{self.verb}: this {self.noun} is training already; a callback cannot call fit")
+                raise RuntimeError(f"{self.verb}: this model is training already; a callback cannot call fit")
             for key in keys:
                 if key not in _claims:
                     _claims[key] = _Claim(me, self.training)
@@ -87,14 +87,14 @@ def trains(thing: object) -> bool:
 def refuse_while_trained(verb: str, shared: Callable[[], list[object]]) -> None:
     """Raise RuntimeError if another thread is training one of shared(); next to free while no thread uses anything."""
     if _claims:
-        _refuse(verb, "model", [id(thing) for thing in shared()], threading.get_ident())
+        _refuse(verb, [id(thing) for thing in shared()], threading.get_ident())
 
 
-def _refuse(verb: str, noun: str, keys: Iterable[int], me: int) -> None:
+def _refuse(verb: str, keys: Iterable[int], me: int) -> None:
     for key in keys:
         claim = _claims.get(key)
         if claim is not None and claim.training and claim.thread != me:
-            raise RuntimeError(f"{verb}: another thread is training this {noun}; wait until its fit returns, or give "
+            raise RuntimeError(f"{verb}: another thread is training this model; wait until its fit returns, or give "
                                "each thread a copy of its own beforehand")  # fmt: skip
 
 

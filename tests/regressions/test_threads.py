@@ -175,3 +175,47 @@ def test_a_callback_may_use_the_model_but_not_train_it(rng):
     with pytest.raises(RuntimeError, match="a callback cannot call fit"):
         trainer.fit(x, y, epochs=1, callbacks=[lambda t: gb.Trainer(t.model).fit(x, y, epochs=1)])
     assert np.isfinite(trainer.fit(x, y, epochs=1)["loss"]).all()
+
+
+ESTIMATORS = """
+import faulthandler, itertools, pickle, sys, threading, warnings
+import numpy as np
+from gpubackprop.sklearn import MLPClassifier
+faulthandler.enable()
+warnings.simplefilter("ignore")
+sys.setswitchinterval(1e-5)
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(12, 3)), rng.integers(0, 2, 12)
+
+calls = {
+    "fit": lambda m: m.fit(x, y),
+    "fit to text": lambda m: m.fit(x, np.array(["no", "yes"])[y]),
+    "partial_fit": lambda m: m.partial_fit(x, y) if m.classes_.dtype.kind == "i" else None,
+    "predict_proba": lambda m: m.predict_proba(x),
+    "predict": lambda m: m.predict(x),
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)).predict(x),
+}
+for a, b in itertools.combinations_with_replacement(calls, 2):
+    m = MLPClassifier((4,), max_iter=2, random_state=0).fit(x, y)
+    barrier, wrong = threading.Barrier(2), []
+    def work(name):
+        for _ in range(ROUNDS):
+            barrier.wait()
+            try:
+                calls[name](m)
+            except RuntimeError as error:
+                if "another thread is" not in str(error):
+                    wrong.append(repr(error))
+            except BaseException as error:
+                wrong.append(repr(error))
+    threads = [threading.Thread(target=work, args=(n,)) for n in (a, b)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    assert not wrong, (a, b, wrong[:3])
+    assert m.predict_proba(x).shape == (12, 2) and set(m.predict(x)) <= set(m.classes_), (a, b)
+"""
+
+
+def test_every_pairing_of_an_estimators_calls_works_or_is_refused():
+    code = ESTIMATORS.replace("ROUNDS", "100")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
