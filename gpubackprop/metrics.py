@@ -39,12 +39,6 @@ class Metric:
     squares: bool = False  # whether it adds up squares
     head: str | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name}  # of METRICS: the graph is interned
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(vars(METRICS[state["name"]]))
-
     def sums(self, backend: Backend, columns: int, dtype: npt.DTypeLike, labels: bool) -> Buffer | None:
         """A zeroed accumulator, high and low parts (2, columns); None for labels, which the tally counts."""
         if labels and self.name != "accuracy":

@@ -1,5 +1,6 @@
 """Figures are what float64 makes of the outputs and of the targets as they were given, for any number of rows."""
 
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -117,6 +118,12 @@ def test_the_history_has_metrics_of_the_predicted_mean_as_evaluate_has(loss, dev
     history = trainer.fit(x, t, epochs=1, batch_size=32, validation_data=(x, t), progress=False)
     same({k: v[-1] for k, v in history.items()}, before, rtol=1e-5)
     same({k: history[f"val_{k}"][-1] for k in before}, before)
+
+
+def test_metrics_are_of_the_predicted_mean_after_pickling_too(rng):
+    x, t = data(rng, "counts", 100)
+    trainer = gb.Trainer(gb.mlp([4, OUTPUTS]), "poisson", metrics=list(NUMBERS), seed=0)
+    assert pickle.loads(pickle.dumps(trainer)).evaluate(x, t) == trainer.evaluate(x, t)
 
 
 def test_the_mean_of_half_precision_logits(rng):
