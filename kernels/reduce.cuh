@@ -10,7 +10,7 @@ namespace gpubackprop {
 [[maybe_unused]] constexpr int WARP = 32;
 [[maybe_unused]] constexpr Word ALL = 0xffffffffu;
 
-// sum += v, and low += what that rounds off (Knuth's TwoSum): a running sum in float drifts as it grows, the two do not.
+// sum += v, and low += what that rounds off (Knuth's TwoSum): a running float sum drifts as it grows, the two do not.
 DEVICE void add_to(R& sum, R& low, R v) {
     const R high = sum + v, part = high - sum;
     low += (sum - (high - part)) + (v - part);
@@ -83,7 +83,7 @@ DEVICE bool across_grid(R& v, R* partials, Word* ticket) {
 }
 
 // What a training step adds up on the device. One thread calls it, once a step.
-// loss: a sum in two parts, high and low, as exact as twice the bits; events: the first bad step (0: none), and the rows
+// loss: a sum in two parts, high and low, as exact as twice the bits; events: first bad step (0: none), and the rows
 // right, which others count; state: see feed.cu.
 DEVICE void tally(R* loss, Index* events, const Index* state, R total) {
     add_to(loss[0], loss[1], total);
