@@ -65,34 +65,36 @@ DEVICE void layer_norm_rows(T* out, R* mean, R* variance, R* rstd, const T* x, c
     const auto fetch = [&](int k, int at) {
         if (!held) v[k] = read<VECTORS, W>(x + start + at, end - at);
     };
-    const R top = end > 0 ? R(x[start]) : R(0);
-    Statistics of_row;
-    R unit = 1;
+    R unit = 1, first_mean, rest, squares;
     ROLLED for (int turn = 0; turn < 2; ++turn) {
-        R sum = 0, rest = 0, squares = 0;
+        const R top = end > 0 ? R(x[start]) * unit : R(0);
+        R sum = 0;
+        rest = squares = 0;
         sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int at) {
             const Vector<W> from = values(v[k]);
             UNROLL for (int lane = 0; lane < W; ++lane) {
-                if (VECTORS || at + lane < end) sum += from[lane] * unit - top * unit;
+                if (VECTORS || at + lane < end) sum += from[lane] * unit - top;
             }
         });
         held = WHOLE;
-        const R centre = top * unit + across_team(sum, Add(), R(0)) * share;
+        first_mean = top + across_team(sum, Add(), R(0)) * share;
         sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int at) {
             const Vector<W> from = values(v[k]);
             UNROLL for (int lane = 0; lane < W; ++lane) {
-                const R d = VECTORS || at + lane < end ? from[lane] * unit - centre : R(0);
+                const R d = VECTORS || at + lane < end ? from[lane] * unit - first_mean : R(0);
                 rest += d;
                 squares += d * d;
             }
         });
         rest = across_team(rest, Add(), R(0));
         squares = across_team(squares, Add(), R(0));
-        of_row.set(centre, rest, squares, share, eps, unit);
         const bool again = !(squares < R(INFINITY));
-        if (!__any_sync(ALL, again)) break;  // teams of a warp go on together, and those of a block are alike
+        // teams of a warp go on together, and the warps of a team are alike
+        if (turn == 1 || !__any_sync(ALL, again)) break;
         if (again) unit = SMALL;
     }
+    Statistics of_row;
+    of_row.set(first_mean, rest, squares, share, eps, unit);
     const R centre = of_row.mean * HALF, scale = of_row.rstd * 2;
     sweep<N, WHOLE>(first, step, end, fetch, [&](int k, int at) {
         const Vector<W> g = load<VECTORS, W>(gain + at, end - at), b = load<VECTORS, W>(bias + at, end - at);
@@ -106,7 +108,7 @@ DEVICE void layer_norm_rows(T* out, R* mean, R* variance, R* rstd, const T* x, c
     rstd[row] = of_row.rstd;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) layer_norm_forward(T* __restrict__ out, R* __restrict__ mean,
+extern "C" __global__ void __launch_bounds__(BOUNDS) layer_norm_forward(T* __restrict__ out, R* __restrict__ mean,
         R* __restrict__ variance, R* __restrict__ rstd, const T* __restrict__ x, const T* __restrict__ gain,
         const T* __restrict__ bias, const R eps, const Index rows, const Index columns) {
     const size_t off = misaligned(out) | misaligned(x) | misaligned(gain) | misaligned(bias);
@@ -253,22 +255,24 @@ DEVICE void batch_norm_columns(T* out, R* mean, R* variance, R* rstd, const T* x
     const auto fetch = [&](int k, Index at) {
         if (!held) v[k] = read<VECTORS, W>(x + at, left);
     };
-    const Vector<W> top = load<false, W>(x + column, left);
-    Vector<W> unit, centre, spread, scale;
+    Vector<W> unit, centre, rest, squares;
     UNROLL for (int lane = 0; lane < W; ++lane) unit[lane] = 1;
     ROLLED for (int turn = 0; turn < 2; ++turn) {
-        Vector<W> sum = {}, rest = {}, squares = {};
+        Vector<W> top = load<false, W>(x + column, left);
+        UNROLL for (int lane = 0; lane < W; ++lane) top[lane] *= unit[lane];
+        centre = {};
         sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
             const Vector<W> from = values(v[k]);
-            UNROLL for (int lane = 0; lane < W; ++lane) sum[lane] += from[lane] * unit[lane] - top[lane] * unit[lane];
+            UNROLL for (int lane = 0; lane < W; ++lane) centre[lane] += from[lane] * unit[lane] - top[lane];
         });
         held = WHOLE;
-        sum = down(sum, Add());
-        UNROLL for (int lane = 0; lane < W; ++lane) sum[lane] = top[lane] * unit[lane] + sum[lane] * share;
+        centre = down(centre, Add());
+        UNROLL for (int lane = 0; lane < W; ++lane) centre[lane] = top[lane] + centre[lane] * share;
+        rest = squares = {};
         sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
             const Vector<W> from = values(v[k]);
             UNROLL for (int lane = 0; lane < W; ++lane) {
-                const R d = from[lane] * unit[lane] - sum[lane];
+                const R d = from[lane] * unit[lane] - centre[lane];
                 rest[lane] += d;
                 squares[lane] += d * d;
             }
@@ -276,25 +280,22 @@ DEVICE void batch_norm_columns(T* out, R* mean, R* variance, R* rstd, const T* x
         rest = down(rest, Add());
         squares = down(squares, Add());
         bool again = false;
-        UNROLL for (int lane = 0; lane < W; ++lane) {
-            Statistics of_column;
-            of_column.set(sum[lane], rest[lane], squares[lane], share, eps, unit[lane]);
-            centre[lane] = of_column.mean;
-            spread[lane] = of_column.variance;
-            scale[lane] = of_column.rstd;
-            if (!(squares[lane] < R(INFINITY))) unit[lane] = SMALL, again = true;
-        }
-        if (across_block(R(again), Maximum(), R(0)) == 0) break;  // all threads take part in the sums
+        UNROLL for (int lane = 0; lane < W; ++lane) again = again || !(squares[lane] < R(INFINITY));
+        // all threads take part in the sums
+        if (turn == 1 || across_block(R(again), Maximum(), R(0)) == 0) break;
+        UNROLL for (int lane = 0; lane < W; ++lane) unit[lane] = squares[lane] < R(INFINITY) ? R(1) : SMALL;
     }
     if (left <= 0) return;
-    if (threadIdx.y == 0) {
-        put<false>(mean + column, centre, left);
-        put<false>(variance + column, spread, left);
-        put<false>(rstd + column, scale, left);
-    }
+    Vector<W> scale;
     UNROLL for (int lane = 0; lane < W; ++lane) {
-        centre[lane] *= HALF;
-        scale[lane] *= 2;
+        Statistics of_column;
+        of_column.set(centre[lane], rest[lane], squares[lane], share, eps, unit[lane]);
+        centre[lane] = of_column.mean * HALF;
+        scale[lane] = of_column.rstd * 2;
+        if (threadIdx.y > 0 || lane >= left) continue;
+        mean[column + lane] = of_column.mean;
+        variance[column + lane] = of_column.variance;
+        rstd[column + lane] = of_column.rstd;
     }
     const Vector<W> g = load<VECTORS, W>(gain + column, left), b = load<VECTORS, W>(bias + column, left);
     sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index at) {
@@ -306,7 +307,7 @@ DEVICE void batch_norm_columns(T* out, R* mean, R* variance, R* rstd, const T* x
     });
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) batch_norm_forward(T* __restrict__ out, R* __restrict__ mean,
+extern "C" __global__ void __launch_bounds__(BOUNDS) batch_norm_forward(T* __restrict__ out, R* __restrict__ mean,
         R* __restrict__ variance, R* __restrict__ rstd, const T* __restrict__ x, const T* __restrict__ gain,
         const T* __restrict__ bias, const R eps, const Index rows, const Index columns) {
     const size_t off = misaligned(out) | misaligned(x) | misaligned(gain) | misaligned(bias);
