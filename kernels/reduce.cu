@@ -16,30 +16,22 @@ namespace gpubackprop {
 constexpr int WIDE = LANES * sizeof(T) / sizeof(S);  // elements of 16 bytes
 constexpr int DEPTH = 4;                             // vectors under way together in each thread
 
-// What a thread has combined, lane by lane: the vectors of this sweep, and in two parts those of the sweeps before.
+// What a thread has combined, lane by lane, in two parts.
 template <int W, typename Operation>
 struct Lanes {
     Operation combine;
-    R identity;
-    Vector<W> now, before, low;
+    Vector<W> parts, low;
 
-    DEVICE Lanes(Operation combine, R identity) : combine(combine), identity(identity) {
-        UNROLL for (int lane = 0; lane < W; ++lane) now[lane] = before[lane] = identity, low[lane] = 0;
+    DEVICE Lanes(Operation combine, R identity) : combine(combine) {
+        UNROLL for (int lane = 0; lane < W; ++lane) parts[lane] = identity, low[lane] = 0;
     }
-    DEVICE void keep() {
-        UNROLL for (int lane = 0; lane < W; ++lane) {
-            combine.append(before[lane], low[lane], now[lane]);
-            now[lane] = identity;
-        }
-    }
-    DEVICE void take(int k, const Vector<W>& v) {  // the k-th of a sweep
-        if (k == 0) keep();
-        UNROLL for (int lane = 0; lane < W; ++lane) now[lane] = combine(now[lane], v[lane]);
+    DEVICE void take(int lane, R v) { combine.append(parts[lane], low[lane], v); }
+    DEVICE void take(const Vector<W>& v) {
+        UNROLL for (int lane = 0; lane < W; ++lane) take(lane, v[lane]);
     }
     DEVICE Vector<W> all() {
-        keep();
-        UNROLL for (int lane = 0; lane < W; ++lane) now[lane] = combine.whole(before[lane], low[lane]);
-        return now;
+        UNROLL for (int lane = 0; lane < W; ++lane) parts[lane] = combine.whole(parts[lane], low[lane]);
+        return parts;
     }
 };
 
@@ -53,10 +45,10 @@ DEVICE R along(const E* x, Index length, Operation combine, R identity) {
     Lanes<W, Operation> lanes(combine, identity);
     sweep<DEPTH, false>(Index(threadIdx.x) * W, Index(blockDim.x) * W, whole,
         [&](int k, Index at) { v[k] = read<VECTORS, W>(x + at, W); },
-        [&](int k, Index) { lanes.take(k, values(v[k])); });
+        [&](int k, Index) { lanes.take(values(v[k])); });
     UNROLL for (int lane = 0; lane < W - 1; ++lane) {
         const bool mine = whole / W % blockDim.x == threadIdx.x && whole + lane < length;
-        if (mine) lanes.now[lane] = combine(lanes.now[lane], R(x[whole + lane]));
+        if (mine) lanes.take(lane, R(x[whole + lane]));
     }
     Vector<W> parts = lanes.all();
     UNROLL for (int lane = 1; lane < W; ++lane) parts[0] = combine(parts[0], parts[lane]);
@@ -88,7 +80,7 @@ DEVICE Vector<W> downward(const E* x, int left, Index length, Index pitch, Opera
     Lanes<W, Operation> lanes(combine, identity);
     sweep<DEPTH, false>(threadIdx.y * pitch, blockDim.y * pitch, length * pitch,
         [&](int k, Index at) { v[k] = read<VECTORS, W>(x + at, left); },
-        [&](int k, Index) { lanes.take(k, values(v[k])); });
+        [&](int k, Index) { lanes.take(values(v[k])); });
     return down(lanes.all(), combine);
 }
 
