@@ -3,7 +3,6 @@
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
+from gpubackprop.checks import warn
 from gpubackprop.files import KINDS, Damaged, Safetensors, check_writable, write_file
 from gpubackprop.formulas import ACTIVATIONS, Activation, checked_activation, cut, walk
 from gpubackprop.layers import Concatenate, Dense, Scaler, Sequential
@@ -99,8 +99,8 @@ def encode_model(model: Layer, extra: Mapping[str, Any] | None = None) -> bytes:
         raise ValueError(f"save_model: the model has {difference} when made anew; {remedy}")
     if name := _not_finite(model, state):
         what = "a NaN" if np.isnan(state[name]).any() else "an infinity"
-        warnings.warn(f"save_model: {name!r} holds {what}, so predictions are of no use; save a model from before it "
-                      f"diverged", RuntimeWarning, stacklevel=3)  # fmt: skip
+        warn(f"save_model: {name!r} holds {what}, so predictions are of no use; save a model from before it "
+                      f"diverged", RuntimeWarning)  # fmt: skip
     return bytes(save(state, {ENTRY: text}))
 
 

@@ -1,6 +1,8 @@
 """Arguments at the door: numbers, flags and choices, with one form of error for all."""
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from numbers import Real
@@ -10,7 +12,7 @@ import numpy as np
 
 from gpubackprop.names import hint
 
-__all__ = ["choice", "flag", "interval", "number", "settle", "whole"]
+__all__ = ["choice", "flag", "interval", "number", "settle", "warn", "whole"]
 
 BOUNDS = {
     "> 0": lambda v: v > 0,
@@ -77,3 +79,11 @@ def choice(where: str, key: str, value: Any, known: Iterable[str | None]) -> Non
     if not (value is None or isinstance(value, str)) or value not in known:
         listed = ", ".join(map(repr, known))
         raise ValueError(f"{where}: unknown {key} {value!r}; choose from {listed}{hint(key, value, known)}")
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line outside the library that led here, however many of its functions lie between."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals["__name__"].partition(".")[0] == "gpubackprop":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

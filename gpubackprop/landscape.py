@@ -1,7 +1,6 @@
 """Landscapes: the path an optimizer takes on a function, and functions, losses too, over a plane."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.arena import Parameter
-from gpubackprop.checks import interval, number, whole
+from gpubackprop.checks import interval, number, warn, whole
 from gpubackprop.columns import Shown
 from gpubackprop.datasets import regression7
 from gpubackprop.diagnostics import copied
@@ -107,9 +106,9 @@ def descend(
             trainer.fit(row, row, epochs=steps, batch_size=1, shuffle=False, callbacks=[note], progress=False)
     except TrainingDiverged:
         remedy = "try a smaller learning rate, or fewer steps"
-        warnings.warn(
+        warn(
             f"{where}: step {len(points)} of {trainer.optimizer} leads to where the function or a coordinate is NaN or "
-            f"infinite; the path ends before it; {remedy}", RuntimeWarning, stacklevel=2,
+            f"infinite; the path ends before it; {remedy}", RuntimeWarning,
         )  # fmt: skip
     return np.array(points)
 

@@ -1,7 +1,6 @@
 """The layers: each declares its parameters and writes its forward in operations; none writes a backward."""
 
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
+from gpubackprop.checks import warn
 from gpubackprop.data import as_features, by_name, column_names
 from gpubackprop.formulas import ACTIVATIONS, CONSTRAINTS, Constraint
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
@@ -251,7 +251,7 @@ class Scaler(Layer):
             message = f"Scaler.fit: x {loss.phrase()}; {remedy}"
             if math.isinf(loss.error):
                 raise ValueError(message)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warn(message, RuntimeWarning)
         self.mean.init, self.scale.init = of.mean, scale
         self.homes()
         self._draw(0, ["mean", "scale"])

@@ -1,7 +1,6 @@
 """Fewer weights: the smallest taken out under masks, put back to earlier values, units that do nothing removed."""
 
 import copy
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from gpubackprop import ops
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backprop import backward
-from gpubackprop.checks import choice, number
+from gpubackprop.checks import choice, number, warn
 from gpubackprop.columns import Columns
 from gpubackprop.data import as_features, by_name
 from gpubackprop.fused import activation_row
@@ -114,7 +113,7 @@ def _warn_of_thin(counts: Mapping[str, tuple[int, int, int]], sparsity: float, s
         if left < had and (not left or (more_than_others and left < THIN * (1 - sparsity) * size)):
             remedy = "ask for less" if scope == "layer" else "scope='layer' takes the same share of each layer"
             what = f"layer {path!r} is left with {left:,} of its {size:,} weights at sparsity {sparsity:g}"
-            warnings.warn(f"prune: {what}; {remedy}", stacklevel=4)  # of the caller of prune
+            warn(f"prune: {what}; {remedy}")  # of the caller of prune
 
 
 @exclusive

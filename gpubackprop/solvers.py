@@ -1,6 +1,5 @@
 """How scikit-learn trains its perceptrons: epochs of descent with its rules of stopping, or L-BFGS over all rows."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from sklearn.model_selection import train_test_split
 
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, is_on_device
+from gpubackprop.checks import warn
 from gpubackprop.optimizers import LBFGS, SGD, Adam, Optimizer
 from gpubackprop.step import Keeper
 from gpubackprop.trainer import Trainer, TrainingDiverged
@@ -144,14 +144,14 @@ def descend(
             shuffle=_orders(random) if e.shuffle else False, callbacks=[watch, *e.callbacks], sample_weight=weight,
         )  # fmt: skip
     except KeyboardInterrupt:
-        warnings.warn("Training interrupted by user.", stacklevel=4)
+        warn("Training interrupted by user.")
     except TrainingDiverged as error:
         if not e.early_stopping:
             raise ValueError(str(error)) from error
-        warnings.warn(f"{error}; the best validation score was before", ConvergenceWarning, stacklevel=4)
+        warn(f"{error}; the best validation score was before", ConvergenceWarning)
     if e.n_iter_ == e.max_iter and not (incremental or watch.stopped):
         what = f"Maximum iterations ({e.max_iter}) reached and the optimization hasn't converged yet"
-        warnings.warn(f"fit: {what}; raise max_iter", ConvergenceWarning, stacklevel=4)
+        warn(f"fit: {what}; raise max_iter", ConvergenceWarning)
 
 
 def _optimizer(e: Any) -> Optimizer:
@@ -166,7 +166,7 @@ def _batch_size(e: Any, rows: int) -> int:
         return min(200, rows)
     if e.batch_size > rows:
         what = f"batch_size {e.batch_size} is more than the {rows} rows"
-        warnings.warn(f"fit: {what}; all of them are used", stacklevel=5)
+        warn(f"fit: {what}; all of them are used")
     return min(int(e.batch_size), rows)
 
 
@@ -323,4 +323,4 @@ def minimise(e: Any, x: Buffer, target: Array, weight: Array | None, random: np.
         print(f"{result.message} after {e.n_iter_} iterations, loss = {e.loss_:.8f}")
     if result.status:
         what = f"lbfgs has not converged after {e.n_iter_} iterations ({result.message})"
-        warnings.warn(f"fit: {what}; raise max_iter, or scale the data", ConvergenceWarning, stacklevel=4)
+        warn(f"fit: {what}; raise max_iter, or scale the data", ConvergenceWarning)

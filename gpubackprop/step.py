@@ -1,7 +1,6 @@
 """One training step as a plan: feed, gradient and update over fixed buffers, and the sums it leaves behind."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Backend, Buffer, CaptureError, Staging, StepTable, Workspace, use_tf32
 from gpubackprop.backprop import backward
+from gpubackprop.checks import warn
 from gpubackprop.formulas import PASSES
 from gpubackprop.losses import Objective
 from gpubackprop.metrics import Metric
@@ -294,7 +294,7 @@ class Graphs:
             return plan.backend.capture([launch for section in sections for launch in plan.sections[section]])
         except CaptureError as error:
             self.wanted = False
-            warnings.warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning, stacklevel=8)
+            warn(f"cuda_graph: {error}; steps are launched one by one", RuntimeWarning)
             return None
 
 

@@ -1,7 +1,6 @@
 """The trainer: a recorded step per batch size, and the loop that replays it."""
 
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -17,7 +16,7 @@ from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, StepTable, Workspace, is_on_device
 from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.callbacks import Callback, EarlyStopping, around
-from gpubackprop.checks import flag, number, whole
+from gpubackprop.checks import flag, number, warn, whole
 from gpubackprop.columns import History
 from gpubackprop.data import as_features, as_targets, by_name, check_same_length, column_names, labels_of
 from gpubackprop.device_data import check_one_place, on_device, taken
@@ -332,7 +331,7 @@ class Trainer:
         if not self.epoch and _applies(self.objective.head, self._forward(x.shape[1], 2, training=True)[0]):
             what = f"the model ends in {self.objective.head}, which the loss {self.objective.name} applies by itself"
             remedy = "leave it out" + ", predict_proba has it" * (self.objective.head != "exp")
-            warnings.warn(f"fit: {what}, so that training goes wrong; {remedy}", stacklevel=4)
+            warn(f"fit: {what}, so that training goes wrong; {remedy}")
         sums = self._sums_of(y, outputs)
         self._check_watched(callbacks, sums, held_out is not None)
         self.model.output_kind = self.objective.head
@@ -373,12 +372,11 @@ class Trainer:
             for step in set(steps):
                 step.detach()
         if not applied:
-            warnings.warn(
+            warn(
                 f"fit: no step was applied, because every gradient overflows {self.precision.name} while the scale of "
                 f"the loss comes down, which is {self._control()[0]:g} now; train on, scale the targets or inputs"
                 + TO_WIDER,
                 RuntimeWarning,
-                stacklevel=4,
             )
         return self.history
 
@@ -685,12 +683,12 @@ class Trainer:
         for name, a in (("x", x), ("y", y)):
             if a.dtype != dtype and a.ndim == 2 and (loss := lost(a, dtype)) is not None:
                 remedy = f"subtract its mean and divide by its deviation in float64 first{wider}"
-                warnings.warn(f"fit: {name} {loss.phrase()}; {remedy}", RuntimeWarning, stacklevel=4)
+                warn(f"fit: {name} {loss.phrase()}; {remedy}", RuntimeWarning)
         squares = self.objective.head == "identity" or any(m.squares for m in self.metrics or ())
         if squares and y.ndim == 2 and (what := unsquared(y, dtype)) is not None:
             figures = "the loss and its gradient would vanish or overflow"
             remedy = f"divide y by its deviation{wider if dtype == np.float32 else ''}"
-            warnings.warn(f"fit: y {what}, so that {figures}; {remedy}", RuntimeWarning, stacklevel=4)
+            warn(f"fit: y {what}, so that {figures}; {remedy}", RuntimeWarning)
 
     def _outputs(self, columns: int, rows: int, training: bool = False, target: Array | None = None) -> int:
         """Columns of the model's output, found by binding its forward without running it: layers check shapes here."""
