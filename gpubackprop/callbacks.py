@@ -65,18 +65,19 @@ class EarlyStopping:
     def begin(self, trainer: Any) -> None:
         """Forget what was seen."""
         self.best, self.best_epoch, self._least, self._waited = math.nan, 0, math.inf, 0
-        self._begun = False
+        self._had = len(trainer.history.get(self.monitor, ()))  # of a figure that a callback writes
         self._keeper = Keeper(trainer.model, trainer.state) if self.restore_best else None
 
     def __call__(self, trainer: Any) -> bool:
         """Whether to stop."""
         key = watched(trainer.history, self.monitor, "EarlyStopping")
         values, epochs = trainer.history[key], len(trainer.history["loss"])
-        if len(values) < epochs and not self._begun:
+        written = len(values) >= epochs or len(values) > self._had >= 0
+        if not written and self._had >= 0:
             raise ValueError(f"EarlyStopping: the history has no {key!r} of this epoch yet; a callback that writes it "
                              f"comes before in callbacks")  # fmt: skip
-        self._begun = True
-        value = values[-1] if len(values) >= epochs else math.nan
+        self._had = -1  # from here on the figures line up with the epochs
+        value = values[-1] if written else math.nan
         if self._sign * value < self._least - self.min_delta:
             self._least, self._waited = self._sign * value, 0
             self.best, self.best_epoch = value, trainer.epoch

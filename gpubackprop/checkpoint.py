@@ -85,7 +85,7 @@ def encode_model(model: Layer, extra: Mapping[str, Any] | None = None) -> bytes:
             for r in _registered_rows(model)
         ],
         "extra": dict(extra or {}),
-    } | {key: list(names) for key in NAMES if (names := getattr(model, key))}
+    } | {key: list(names) for key in NAMES if (names := getattr(model, key)) and set(map(type, names)) == {str}}
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:

@@ -58,21 +58,23 @@ def as_features(
     return _cast(a, dtype, where, name, finite)
 
 
-def column_names(a: Any) -> tuple[str, ...] | None:
-    """The names of a frame's columns; None for what has no names, or others than text."""
+def column_names(a: Any) -> tuple[Any, ...] | None:
+    """The labels of a frame's columns; None for what has none, or no others than 0, 1, 2, … in order."""
     try:
         names = tuple(getattr(a, "columns", ()))
     except TypeError:
         return None
-    return names if names and all(isinstance(name, str) for name in names) else None
+    return names if names != tuple(range(len(names))) else None
 
 
-def by_name(a: Any, names: Sequence[str] | None, where: str, name: str = "x") -> Any:
+def by_name(a: Any, names: Sequence[Any] | None, where: str, name: str = "x") -> Any:
     """A frame with its columns in the order of these names, which must be its own; anything without names as it is."""
     given = column_names(a)
+    if names is None and given is not None and set(given) == set(range(len(given))):
+        names = range(len(given))
     if names is None or given is None or given == tuple(names):
         return a
-    if sorted(given) == sorted(names) and len(set(given)) == len(given):
+    if set(given) == set(names) and len(set(given)) == len(given):
         if hasattr(a, "iloc") or hasattr(a, "select"):
             return a[list(names)] if hasattr(a, "iloc") else a.select(list(names))
         place = {key: i for i, key in enumerate(given)}
@@ -86,7 +88,7 @@ def by_name(a: Any, names: Sequence[str] | None, where: str, name: str = "x") ->
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[Any]) -> str:
     more = f", … ({len(names)} in all)" if len(names) > MOST_LISTED else ""
     return ", ".join(map(repr, names[:MOST_LISTED])) + more
 

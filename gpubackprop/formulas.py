@@ -95,8 +95,9 @@ ACTIVATIONS: dict[str, Activation] = _rows(
     row("gelu",         "0.5 * x * (1 + erf(x * 0.7071067811865476))",
                         "0.5 * (1 + erf(x * 0.7071067811865476)) + x * (0.3989422804014327 * exp(-0.5 * x * x))"),
     row("gelu_tanh",    "0.5 * x * (1 + tanh(k * (x + c * x * x * x)))",
-                        "t = tanh(k * (x + c * x * x * x))\n"
-                        "0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (k * (1 + 3 * c * x * x))",
+                        "t = tanh(k * (x + c * x * x * x))\n"  # beyond ±10 t is ±1, and z keeps 0 · inf away
+                        "z = minimum(maximum(x, -10), 10)\n"
+                        "0.5 * (1 + t) + 0.5 * z * (1 - t * t) * (k * (1 + 3 * c * z * z))",
                         k=0.7978845608028654, c=0.044715),
     row("mish",         "x * tanh(softplus(x))",
                         "t = tanh(softplus(x))\nt + x * sigmoid(x) * (1 - t * t)"),

@@ -99,6 +99,7 @@ class SearchStep(Step):
 
     def run(self, first: bool = True, last: bool = True) -> None:
         if not self._ready:
+            self._runs += 1
             ready = self._record(True, True)
             self._refuse()
             self._ready[True, True] = ready
@@ -156,6 +157,7 @@ class SearchStep(Step):
         back, arena = self.backend, self.model.arena
         back.write(arena.weights, weights.astype(arena.dtype)[None])
         self.sums.clear()
+        self._runs += 1
         for section in ("gradient", "penalty"):
             if section in self.plan.sections:
                 self._replay(section)

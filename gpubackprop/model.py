@@ -80,8 +80,8 @@ class Layer:
 
     dtype: npt.DTypeLike = "float32"
     output_kind: str | None = None  # what makes predictions of outputs: "softmax", "sigmoid", …; the Trainer sets it
-    target_names: tuple[str, ...] | None = None  # of the columns of y, as feature_names of x
-    _feature_names: tuple[str, ...] | None = None
+    target_names: tuple[Any, ...] | None = None  # of the columns of y, as feature_names of x
+    _feature_names: tuple[Any, ...] | None = None
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     seed: int | None = None  # of the drawn weights; None while they are not drawn
     _arenas: tuple[Arena, Arena] | None = None  # trained and not
@@ -163,18 +163,18 @@ class Layer:
         self._inputs = columns
 
     @property
-    def feature_names(self) -> tuple[str, ...] | None:
+    def feature_names(self) -> tuple[Any, ...] | None:
         """The names of x's columns, in the order that the weights have them; the first fit on a frame sets them.
 
         A frame with the same names is then taken by name, whatever their order; one with others is an error. Arrays,
-        and frames whose columns are not named by text, go by position; with None so do all.
+        and frames whose columns are 0, 1, 2, …, go by position; with None so do all. Model files keep names of text.
         """
         return self._feature_names or next((n for layer in self._takers_of_x() if (n := layer.feature_names)), None)
 
     @feature_names.setter
-    def feature_names(self, names: Iterable[str] | None) -> None:
+    def feature_names(self, names: Iterable[Any] | None) -> None:
         given = None if names is None else tuple(names)
-        if isinstance(names, str) or not all(isinstance(name, str) for name in given or ()):
+        if isinstance(names, str):
             raise TypeError(f"feature_names: a list of the columns' names expected, or None, got {names!r}")
         self._feature_names = given
         for layer in self._takers_of_x():

@@ -96,7 +96,7 @@ FOREIGN: Mapping[str, Mapping[str, str]] = {
         "kernel_initializer": "init",
         "use_bias": "bias",
         "betas": "beta1 and beta2",
-        "amsgrad": "not there",
+        "amsgrad": "not available",
         "p": "rate",
     },
     "gb": {
@@ -148,8 +148,8 @@ FOREIGN: Mapping[str, Mapping[str, str]] = {
         "load": "gb.load_model(path)",
         "mlpclassifier": "gpubackprop.sklearn.MLPClassifier",
         "mlpregressor": "gpubackprop.sklearn.MLPRegressor",
-        "conv2d": "not there: layers are dense",
-        "lstm": "not there: layers are dense",
+        "conv2d": "not available: layers are dense",
+        "lstm": "not available: layers are dense",
     },
     "model": {
         "fit": _FIT,
@@ -179,7 +179,7 @@ def hint(kind: str, given: Any, known: Iterable[Any] = ()) -> str:
     name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
     name = name[:100]  # longer ones are near nothing
     if (text := FOREIGN.get(kind, {}).get(name.lower())) is not None:
-        return f"; here it is {text}"
+        return f"; it is {text}" if text.startswith("not ") else f"; here it is {text}"
     if not (by_letters := {str(k).lower(): str(k) for k in known}):
         return ""
     import difflib  # costs a millisecond
@@ -214,7 +214,7 @@ R = TypeVar("R")
 def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that an unknown keyword is an error that says what it is called here."""
     code = function.__code__
-    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    known = [k for k in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if k != "self"]
     where = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @wraps(function)

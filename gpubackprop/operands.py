@@ -126,7 +126,8 @@ def _check_row_by_row(name: str, shapes: set[tuple[int, ...]], output: Tensor, t
         has = "the output's shape" if target.shape == output.shape else "shape"
         raise ValueError(f"{name}: shapes {flat} and {column} would broadcast to {(n, n)}, every row with every other; "
                          f"in a loss the target has {has} {target.shape}: take output and target as they come, or one "
-                         f"column of each, as t[:, 0]; for all pairs of rows give one the shape {(1, n)}")  # fmt: skip
+                         "column of each, as t[:, 0]; for all pairs, or values that are not of rows, give one the "
+                         f"shape {(1, n)}")  # fmt: skip
 
 
 def axes_of(name: str, x: Tensor, axis: Axis) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from gpubackprop.tensor import Tensor
 if TYPE_CHECKING:
     from gpubackprop.model import Layer
 
-__all__ = ["Predictor", "as_output", "settings"]
+__all__ = ["Predictor", "as_output", "of_the_library", "own_code", "settings"]
 
 CHUNK_ROWS = 1024
 
@@ -57,8 +57,10 @@ class Predictor:
             rows = door(finite=False)
         else:
             rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
-        recorded = [*homes, *(part for _, layer, _ in model._met("", {}) for part in settings(layer))]
-        if recorded != self._recorded:  # other arenas, other layers, or a layer with another setting
+        layers = [layer for _, layer, _ in model._met("", {})]
+        recorded = [*homes, *(part for layer in layers for part in settings(layer))]
+        # other arenas, other layers, a layer with another setting, or with code of a user's, which may read anything
+        if recorded != self._recorded or any(map(own_code, layers)):
             self._recorded, self._forwards = recorded, {}
         return self._predict(model, rows, homes[0].backend if homes else model.backend, door if host else None)
 
@@ -77,6 +79,16 @@ class Predictor:
             forward.plan.replay("predict")
             backend.write(out[start : start + len(part)], forward.output[: len(part)])
         return out
+
+
+def own_code(layer: "Layer") -> bool:
+    """Whether calling the layer runs Python code that is not the library's."""
+    return "forward" in vars(layer) or not of_the_library(type(layer))
+
+
+def of_the_library(thing: Any) -> bool:
+    """Whether a class or function is one of the library's."""
+    return str(getattr(thing, "__module__", None)).startswith("gpubackprop.")
 
 
 def settings(layer: "Layer") -> Iterator[Any]:

@@ -12,6 +12,7 @@ from gpubackprop.backends.base import Backend, Buffer, Launch
 from gpubackprop.losses import Objective
 from gpubackprop.model import Layer
 from gpubackprop.plan import Plan, allocation
+from gpubackprop.predictor import of_the_library, own_code
 
 __all__ = ["calls_own_code", "replay_checked"]
 
@@ -28,13 +29,8 @@ Place = tuple[Buffer, npt.NDArray[Any]]  # a buffer and what it held
 
 def calls_own_code(model: Layer, objective: Objective) -> bool:
     """Whether a step of this model and loss calls Python code that is not the library's."""
-    layers = [layer for _, layer in model.named_layers()]
-    called = [type(layer) for layer in layers] + [objective.function] * objective.own
-    return any("forward" in vars(layer) for layer in layers) or not all(map(_of_the_library, called))
-
-
-def _of_the_library(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", None)).startswith("gpubackprop.")
+    loss = objective.own and not of_the_library(objective.function)
+    return loss or any(own_code(layer) for _, layer in model.named_layers())
 
 
 def replay_checked(plan: Plan, section: str, record: Record, model: Layer) -> None:

@@ -168,7 +168,8 @@ class Step:
         title = f"training step of {self.rows} rows, {self.model.parameter_count:,} parameters"
         self.plan = Plan(backend, title, dry=self.dry, space=self.space)
         self._ready: dict[tuple[bool, bool], Callable[[], object]] = {}
-        self._checked = not calls_own_code(self.model, self.terms.objective)
+        self._runs = 0
+        self._check_at = 2 if calls_own_code(self.model, self.terms.objective) else 0  # a run; 0: never
 
     def attach(self, source: Source, graphs: "Graphs | None" = None) -> None:
         """Take the batches from this source; the next run binds the feed to it, and is captured after that."""
@@ -182,11 +183,12 @@ class Step:
 
     def run(self, first: bool = True, last: bool = True) -> None:
         """The pass over a batch, the first or the last of those that an update takes."""
-        if (ready := self._ready.get((first, last))) is not None:
+        self._runs += 1
+        if (ready := self._ready.get((first, last))) is not None and self._runs != self._check_at:
             ready()
         else:
             ready = self._record(first, last)
-            if self._checked:
+            if self._check_at != 2:
                 self._ready[first, last] = ready
 
     def _record(self, first: bool, last: bool) -> Callable[[], object]:
@@ -198,14 +200,14 @@ class Step:
             else:
                 with self.plan.record(section):
                     getattr(self, f"_{section}")()
-        captured = self._graphs.capture(self.plan, sections) if self._graphs and self._checked else None
+        captured = self._graphs.capture(self.plan, sections) if self._graphs and self._check_at != 2 else None
         return captured or self.plan.sequence(*sections)
 
     def _replay(self, section: str) -> None:
-        """Replay the section; the first replay of the gradient runs it afresh too, if that calls code of a user's."""
-        if section == "gradient" and not self._checked:
+        """Replay the section. If the gradient calls code of a user's, runs 2, 4, 8, … hold it against fresh ones."""
+        if section == "gradient" and 0 < self._check_at <= self._runs:
             replay_checked(self.plan, section, self._gradient, self.model)
-            self._checked = True
+            self._check_at = 2 * self._runs
         else:
             self.plan.replay(section)
 

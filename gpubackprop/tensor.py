@@ -117,6 +117,20 @@ class Tensor:
             raise ValueError(f"item: one element expected, got shape {self.shape}; use .numpy()")
         return float(self.numpy().reshape(-1)[0])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Its value, on the host: what copies and pickles hold. A result with a graph beneath it has none."""
+        if self.backprop is not None:
+            raise TypeError("pickle: the tensor is a result that requires a gradient; use .detach() to copy its value")
+        kept = {key: getattr(self, key) for key in ("requires_grad", "boolean", "device")}
+        return kept | {"value": self.backend.to_numpy(self.buffer)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        backend = get_backend(state["device"])
+        buffer = backend.empty(state["value"].shape, state["value"].dtype)
+        backend.write(buffer, state["value"])
+        Tensor.__init__(self, buffer, backend, requires_grad=state["requires_grad"])
+        self.boolean = state["boolean"]
+
     def __float__(self) -> float:
         return self.item()
 
@@ -268,6 +282,19 @@ class Tensor:
 
     def __le__(self, other: Any) -> "Tensor":
         return ops.compare("<=", self, other)
+
+    def __and__(self, other: Any) -> "Tensor":
+        return np.logical_and(self, other) if self.boolean else NotImplemented
+
+    def __or__(self, other: Any) -> "Tensor":
+        return np.logical_or(self, other) if self.boolean else NotImplemented
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __invert__(self) -> "Tensor":
+        if not self.boolean:
+            raise TypeError("~: a mask such as x > 0 expected; use 1 - x, or -x")
+        return np.logical_not(self)  # type: ignore[return-value]
 
     def __getitem__(self, key: Any) -> "Tensor":
         return shapes.index(self, key)

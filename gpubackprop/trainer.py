@@ -365,6 +365,7 @@ class Trainer:
                     self._note(figures)
                     bar.epoch(figures)
                     stops = self._called(callbacks)
+                    _ = self.model.arena  # an error if a callback froze a parameter
                     loss = figures["loss" if held_out is None else "val_loss"]
                     if stops or self.state.finished or (stop_below is not None and loss < stop_below):
                         break

@@ -255,15 +255,16 @@ DEVICE void batch_norm_columns(T* out, R* mean, R* variance, R* rstd, const T* x
     const auto fetch = [&](int k, Index at) {
         if (!held) v[k] = read<VECTORS, W>(x + at, left);
     };
-    Vector<W> unit, centre, rest, squares;
-    UNROLL for (int lane = 0; lane < W; ++lane) unit[lane] = 1;
+    Vector<W> centre, rest, squares;
+    int scaled = 0;  // a bit for each lane
+    const auto unit = [&](int lane) { return scaled >> lane & 1 ? SMALL : R(1); };
     ROLLED for (int turn = 0; turn < 2; ++turn) {
         Vector<W> top = load<false, W>(x + column, left);
-        UNROLL for (int lane = 0; lane < W; ++lane) top[lane] *= unit[lane];
+        UNROLL for (int lane = 0; lane < W; ++lane) top[lane] *= unit(lane);
         centre = {};
         sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
             const Vector<W> from = values(v[k]);
-            UNROLL for (int lane = 0; lane < W; ++lane) centre[lane] += from[lane] * unit[lane] - top[lane];
+            UNROLL for (int lane = 0; lane < W; ++lane) centre[lane] += from[lane] * unit(lane) - top[lane];
         });
         held = WHOLE;
         centre = down(centre, Add());
@@ -272,7 +273,7 @@ DEVICE void batch_norm_columns(T* out, R* mean, R* variance, R* rstd, const T* x
         sweep<N, WHOLE>(first, step, end, fetch, [&](int k, Index) {
             const Vector<W> from = values(v[k]);
             UNROLL for (int lane = 0; lane < W; ++lane) {
-                const R d = from[lane] * unit[lane] - centre[lane];
+                const R d = from[lane] * unit(lane) - centre[lane];
                 rest[lane] += d;
                 squares[lane] += d * d;
             }
@@ -283,13 +284,13 @@ DEVICE void batch_norm_columns(T* out, R* mean, R* variance, R* rstd, const T* x
         UNROLL for (int lane = 0; lane < W; ++lane) again = again || !(squares[lane] < R(INFINITY));
         // all threads take part in the sums
         if (turn == 1 || across_block(R(again), Maximum(), R(0)) == 0) break;
-        UNROLL for (int lane = 0; lane < W; ++lane) unit[lane] = squares[lane] < R(INFINITY) ? R(1) : SMALL;
+        UNROLL for (int lane = 0; lane < W; ++lane) scaled |= int(!(squares[lane] < R(INFINITY))) << lane;
     }
     if (left <= 0) return;
     Vector<W> scale;
     UNROLL for (int lane = 0; lane < W; ++lane) {
         Statistics of_column;
-        of_column.set(centre[lane], rest[lane], squares[lane], share, eps, unit[lane]);
+        of_column.set(centre[lane], rest[lane], squares[lane], share, eps, unit(lane));
         centre[lane] = of_column.mean * HALF;
         scale[lane] = of_column.rstd * 2;
         if (threadIdx.y > 0 || lane >= left) continue;

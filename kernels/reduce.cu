@@ -14,7 +14,11 @@
 namespace gpubackprop {
 
 constexpr int WIDE = LANES * sizeof(T) / sizeof(S);  // elements of 16 bytes
-constexpr int DEPTH = 4;                             // vectors under way together in each thread
+
+template <typename Operation>
+constexpr int DEPTH = 4;  // vectors under way together in each thread
+template <>
+constexpr int DEPTH<Add> = sizeof(S) < 4 ? 3 : 4;  // each of its lanes has two parts
 
 // What a thread has combined, lane by lane, in two parts.
 template <int W, typename Operation>
@@ -41,9 +45,9 @@ struct Lanes {
 template <bool VECTORS, int W, typename E, typename Operation>
 DEVICE R along(const E* x, Index length, Operation combine, R identity) {
     const Index whole = length / W * W;
-    Packed<W, E> v[DEPTH];
+    Packed<W, E> v[DEPTH<Operation>];
     Lanes<W, Operation> lanes(combine, identity);
-    sweep<DEPTH, false>(Index(threadIdx.x) * W, Index(blockDim.x) * W, whole,
+    sweep<DEPTH<Operation>, false>(Index(threadIdx.x) * W, Index(blockDim.x) * W, whole,
         [&](int k, Index at) { v[k] = read<VECTORS, W>(x + at, W); },
         [&](int k, Index) { lanes.take(values(v[k])); });
     UNROLL for (int lane = 0; lane < W - 1; ++lane) {
@@ -76,9 +80,9 @@ DEVICE void reduce_lines(O* out, R* partials, Word* tickets, const S* x, int acc
 // x (length, pitch) combined over the length, for the W columns that start at x; each thread below gets the result.
 template <bool VECTORS, int W, typename E, typename Operation>
 DEVICE Vector<W> downward(const E* x, int left, Index length, Index pitch, Operation combine, R identity) {
-    Packed<W, E> v[DEPTH];
+    Packed<W, E> v[DEPTH<Operation>];
     Lanes<W, Operation> lanes(combine, identity);
-    sweep<DEPTH, false>(threadIdx.y * pitch, blockDim.y * pitch, length * pitch,
+    sweep<DEPTH<Operation>, false>(threadIdx.y * pitch, blockDim.y * pitch, length * pitch,
         [&](int k, Index at) { v[k] = read<VECTORS, W>(x + at, left); },
         [&](int k, Index) { lanes.take(values(v[k])); });
     return down(lanes.all(), combine);

@@ -53,7 +53,7 @@ FOREIGN_NAMES = [
     (lambda: gb.ReLU, AttributeError, r"'ReLU'; here it is gb\.Dense\(…, activation='relu'\)"),
     (lambda: gb.CrossEntropyLoss, AttributeError, "loss='cross_entropy'"),
     (lambda: gb.mlp([3, 2]).fit, AttributeError, r"a model has no fit; here it is gb\.Trainer\(model, loss"),
-    (lambda: gb.mlp([3, 2]).eval(), AttributeError, "a model has no eval; here it is not needed"),
+    (lambda: gb.mlp([3, 2]).eval(), AttributeError, "a model has no eval; it is not needed"),
     (
         lambda: gb.Dense(3, 2, activation="softmax"),
         ValueError,

@@ -230,3 +230,15 @@ def test_plateau_counted_on_is_plateau_counted_anew(losses, data):
                 plateau = pickle.loads(pickle.dumps(plateau))
         assert plateau.rates(np.zeros(1), 1, history)[0] == anew(history)
     assert plateau == Plateau(1.0, patience=2)
+
+
+def test_a_callbacks_figure_may_begin_in_a_later_fit(rng):
+    x, y = rng.normal(size=(20, 3)), rng.normal(size=20)
+    trainer = gb.Trainer(gb.mlp([3, 1]), "mse", seed=0)
+    trainer.fit(x, y, epochs=2)
+    found = iter([0.1, 0.9, 0.5, 0.4, 0.3])
+    stop = gb.EarlyStopping("auc", patience=2, mode="max")
+    auc = lambda t: t.history.setdefault("auc", []).append(next(found))  # noqa: E731
+    trainer.fit(x, y, epochs=5, callbacks=[auc, stop])
+    assert (stop.best, stop.best_epoch, trainer.epoch) == (0.9, 4, 6)
+    assert np.isnan(trainer.history["auc"][:2]).all() and trainer.history["auc"][2:] == [0.1, 0.9, 0.5, 0.4]
