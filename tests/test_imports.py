@@ -105,9 +105,17 @@ def test_importing_loads_nothing_heavy():
     assert run_python(code) == "[]"
 
 
-def test_importing_costs_at_most_60_ms_over_numpy():
-    code = "import time, numpy; t = time.process_time(); import gpubackprop; print(time.process_time() - t)"
-    assert min(float(run_python(code)) for _ in range(6)) <= 0.060  # the first run compiles
+def test_importing_costs_less_than_importing_numpy():
+    """In processor time, within one process: machines and hours differ."""
+    code = """
+import time
+start = time.process_time()
+import numpy
+between = time.process_time()
+import gpubackprop
+print((time.process_time() - between) / (between - start))
+"""
+    assert min(float(run_python(code)) for _ in range(6)) <= 0.9  # the first run compiles
 
 
 def test_names_loaded_later_are_listed():
