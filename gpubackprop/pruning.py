@@ -113,7 +113,7 @@ def _warn_of_thin(counts: Mapping[str, tuple[int, int, int]], sparsity: float, s
         if left < had and (not left or (more_than_others and left < THIN * (1 - sparsity) * size)):
             remedy = "ask for less" if scope == "layer" else "scope='layer' takes the same share of each layer"
             what = f"layer {path!r} is left with {left:,} of its {size:,} weights at sparsity {sparsity:g}"
-            warn(f"prune: {what}; {remedy}")  # of the caller of prune
+            warn(f"prune: {what}; {remedy}")
 
 
 @exclusive

@@ -47,7 +47,7 @@ __all__ = ["Trainer", "TrainingDiverged"]
 
 Array = npt.NDArray[Any]
 Order = Callable[[int], Any]
-Names = tuple[str, ...] | None
+Names = tuple[Any, ...] | None
 KEPT_STEPS = 8
 FEWEST_ROWS = 1024  # of the step table
 TRIED_SIZES = 16  # above and below a batch size that does not work
@@ -260,8 +260,8 @@ class Trainer:
         A frame's columns are taken by the names of `model.feature_names` (of y, `target_names`), which the first fit on
         a frame sets. What callbacks append to a list in the history stands once per epoch there.
 
-        A step that calls layers or a loss of one's own is recorded anew in each fit, and run afresh beside its first
-        replay: a RuntimeError if it depends on what Python draws, counts or reads. TrainingDiverged if loss, weights,
+        A step that calls layers or a loss of one's own is recorded anew in each fit, and run afresh beside its runs 2,
+        4, 8, …: a RuntimeError if it depends on what Python draws, counts or reads. TrainingDiverged if loss, weights,
         running statistics or the validation loss are not finite, or no gradient of an epoch is in float16 at any scale
         of the loss; a RuntimeWarning if no step of all epochs was applied while that scale comes down.
         """
