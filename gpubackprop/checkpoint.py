@@ -124,7 +124,7 @@ def load_model(path: PathLike, device: str = "auto") -> Layer:
         p.value, p.settled = arrays[key], True
     for _, layer in model.named_layers():
         if isinstance(layer, Dense | Scaler):  # whose masks and statistics were given, not drawn
-            for p in (p for _, p in layer._members() if isinstance(p, Parameter) and not p.trainable):
+            for p in (p for p in layer._own_parameters().values() if not p.trainable):
                 p.init = p.value = None if p.value is None else p.value.copy()  # not the whole file
         if isinstance(layer, Dense) and layer.mask is not None:
             layer._argue(mask=layer.mask.value)  # in place of what stood for it
@@ -148,9 +148,9 @@ def _not_finite(model: Layer, state: Mapping[str, Any]) -> str | None:
     """The first parameter that should be finite and is not; a user's layer may hold infinities that are not trained."""
     for path, layer in model.named_layers():
         ours = type(layer).__module__.startswith("gpubackprop.")
-        for key, p in layer._members():
+        for key, p in layer._own_parameters().items():
             name = f"{path}.{key}" if path else key
-            if not isinstance(p, Parameter) or name not in state:
+            if name not in state:
                 continue
             good = np.isfinite(state[name]) if ours or p.trainable else ~np.isnan(state[name])
             if not good.all():

@@ -1,5 +1,6 @@
 """Arrays at the door: what users bring becomes checked rows of numbers."""
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -43,7 +44,7 @@ def as_features(
     """
     a = _numbers(x, where, name, "encode text as numbers")
     n = row_count(a, where, name)
-    width = int(np.prod(a.shape[1:]))
+    width = math.prod(a.shape[1:])
     if a.ndim == 1:
         remedy = f"{name}.reshape(-1, 1) for one column or {name}[None] for one row"
         raise ValueError(f"{where}: {name} has shape ({n},), expected rows and columns; use {remedy}")
@@ -194,7 +195,8 @@ def on_host(a: Any, where: str, name: str) -> Array:
     if is_on_device(a):
         remedy = f"copy it with {name}.get() or {name}.cpu()"
         raise TypeError(f"{where}: {name} lies on a CUDA device, expected host data; {remedy}")
-    if isinstance(a, np.ndarray) and np.any(getattr(a, "mask", False)):  # np.asarray would unmask them
+    mask = getattr(a, "mask", None) if isinstance(a, np.ndarray) else None
+    if mask is not None and np.any(mask):  # np.asarray would unmask them
         remedy = f"remove such rows or use {name}.filled()"
         raise ValueError(f"{where}: {name} has masked values, expected none; {remedy}")
     if callable(convert := getattr(a, "numpy", None)):  # a Tensor
@@ -291,7 +293,7 @@ def _cast(a: Array, dtype: DTypeLike | None, where: str, name: str, finite: bool
 def surely_finite(a: Array) -> bool:
     """Whether the sum is finite: then so are all elements, in one pass. Finite ones may overflow it: then look."""
     with np.errstate(all="ignore"):
-        return bool(np.isfinite(a.sum()))
+        return math.isfinite(a.sum())
 
 
 def _kind(value: Any) -> str:

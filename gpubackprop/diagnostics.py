@@ -55,8 +55,7 @@ class Site:
     @property
     def parameters(self) -> list[Parameter]:
         """The layer's own trained parameters."""
-        members = [] if self.layer is None else [value for _, value in self.layer._members()]
-        return [p for p in members if isinstance(p, Parameter) and p.stepped]
+        return [] if self.layer is None else [p for p in self.layer._own_parameters().values() if p.stepped]
 
 
 class _Watcher:
@@ -80,7 +79,7 @@ class _Watcher:
         name, inside = path or type(layer).__name__, self.sites[first:]
         if len(inside) == 1 and inside[0].layer is None:
             inside[0].name, inside[0].layer, inside[0].x = name, layer, x
-        elif not inside or any(isinstance(value, Parameter) for _, value in layer._members()):  # no mere container
+        elif not inside or layer._own_parameters():  # no mere container
             self.sites.append(Site(name, layer, x, None, y.retain_grad(), y))
         return y
 

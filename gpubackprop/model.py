@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import Signature, signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +60,8 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
 
 # ---- the base ------------------------------------------------------------------------------------------------------
 
+NESTED = (list, tuple, dict)
+PLAIN = {type(None), bool, int, float, str}
 NO_MEMBERS = ("arguments", "_arenas", "_feature_names", "target_names")  # attributes that hold no layers or parameters
 
 CLASSES: dict[str, type["Layer"]] = {}  # by the name that model files use
@@ -186,29 +188,40 @@ class Layer:
 
     # ---- the tree
 
-    def _members(self) -> Iterator[tuple[str, Any]]:
-        """Attributes by name; the items of lists, tuples and dicts, however nested, by name and position or key."""
+    def _members(self) -> list[tuple[str, "Layer | Parameter"]]:
+        """The layers and parameters among the attributes, by name; those in a list, tuple or dict, however nested, by
+        name and position or key."""
+        found: list[tuple[str, Layer | Parameter]] = []
         for name, value in vars(self).copy().items():  # another thread may add an attribute
-            if not isinstance(value, list | tuple | dict):
-                yield name, value
-            elif name not in NO_MEMBERS:
-                yield from _flat(name, value)
+            if type(value) in PLAIN:
+                continue
+            if isinstance(value, MEMBERS):
+                found.append((name, value))
+            elif isinstance(value, NESTED) and name not in NO_MEMBERS:
+                found += [(key, item) for key, item in _flat(name, value) if isinstance(item, MEMBERS)]
+        return found
+
+    def _own_parameters(self) -> dict[str, Parameter]:
+        """Parameters by attribute name, without those of sublayers."""
+        return {key: p for key, p in self._members() if isinstance(p, Parameter)}
 
     def children(self) -> dict[str, "Layer"]:
         """Sublayers by attribute name; those in a list, tuple or dict by attribute and position or key."""
-        return {name: value for name, value in self._members() if isinstance(value, Layer)}
+        return {key: layer for key, layer in self._members() if isinstance(layer, Layer)}
+
+    def _met(self, path: str, seen: dict[int, str]) -> "Iterator[Met]":
+        """Every layer below, and once more for each further place that it has."""
+        first = seen.get(id(self))
+        members = self._members() if first is None else []
+        seen.setdefault(id(self), path)
+        yield Met(path, self, first, members)
+        for key, member in members:
+            if isinstance(member, Layer):
+                yield from member._met(f"{path}.{key}" if path else key, seen)
 
     def named_layers(self, path: str = "") -> Iterator[tuple[str, "Layer"]]:
         """This layer and all below it, with dotted paths, in order; one that is shared once, under its first path."""
-        return ((at, layer) for at, layer, first in self._met(path, {}) if first is None)
-
-    def _met(self, path: str, seen: dict[int, str]) -> Iterator[tuple[str, "Layer", str | None]]:
-        """Every layer below with its path, and once more for each further place that it has, with its first path."""
-        yield path, self, (first := seen.get(id(self)))
-        if first is None:
-            seen[id(self)] = path
-            for key, layer in self.children().items():
-                yield from layer._met(f"{path}.{key}" if path else key, seen)
+        return ((met.path, met.layer) for met in self._met(path, {}) if met.first is None)
 
     def _places(self, path: str = "") -> Iterator[tuple[str, "Layer"]]:
         """Every place of this layer and of all below it, in order: one for each call of a child."""
@@ -218,14 +231,12 @@ class Layer:
 
     def named_parameters(self) -> dict[str, Parameter]:
         """Every parameter by its dotted path, trainable or not; one that is shared stands under its first path."""
-        found: dict[str, Parameter] = {}
-        seen: set[Parameter] = set()
-        for path, layer in self.named_layers():
-            for key, value in layer._members():
-                if isinstance(value, Parameter) and value not in seen:
-                    seen.add(value)
-                    found[f"{path}.{key}" if path else key] = value
-        return found
+        found: dict[Parameter, str] = {}
+        for path, _, _, members in self._met("", {}):
+            for key, p in members:
+                if isinstance(p, Parameter) and p not in found:
+                    found[p] = f"{path}.{key}" if path else key
+        return {key: p for p, key in found.items()}
 
     def shared(self) -> list[object]:
         """The objects that threads using the layer at once share: the layer and its parameters."""
@@ -446,8 +457,8 @@ class Layer:
 
     def __repr__(self) -> str:
         rows = [("layer", "", "parameters", "shapes")]
-        for path, layer, first in self._met("", {}):
-            own = [p for _, p in layer._members() if isinstance(p, Parameter)]
+        for path, layer, first, _ in self._met("", {}):
+            own = layer._own_parameters().values()
             if first is not None:
                 rows.append((path, f"the same as {first}", "", ""))
             elif own or (path and not layer.children()):
@@ -462,8 +473,20 @@ class Layer:
         )
 
 
+class Met(NamedTuple):
+    """A place of a layer in a model: its path, and, if it stands in several, at the others the first of them."""
+
+    path: str
+    layer: Layer
+    first: str | None
+    members: list[tuple[str, Layer | Parameter]]
+
+
+MEMBERS = (Layer, Parameter)
+
+
 def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, list | tuple | dict):
+    if isinstance(value, NESTED):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _flat(f"{name}.{key}", item)
     else:

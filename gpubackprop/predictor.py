@@ -57,7 +57,7 @@ class Predictor:
             rows = door(finite=False)
         else:
             rows = on_device(x, model.backend, dtype, model.inputs, "predict", "x")
-        layers = [layer for _, layer, _ in model._met("", {})]
+        layers = [met.layer for met in model._met("", {})]
         recorded = [*homes, *(part for layer in layers for part in settings(layer))]
         # other arenas, other layers, a layer with another setting, or with code of a user's, which may read anything
         if recorded != self._recorded or any(map(own_code, layers)):

@@ -218,8 +218,10 @@ def shrink(model: Layer, x: Any = None) -> Layer:
 
 def _shrink_once(model: Layer, constants: Mapping[Layer, Floats]) -> bool:
     """Whether any unit went."""
-    shared = {below for _, layer, first in model._met("", {}) if first is not None for _, below in layer.named_layers()}
-    uses = Counter(p for _, layer in model.named_layers() for _, p in layer._members() if isinstance(p, Parameter))
+    shared = {
+        below for _, layer, first, _ in model._met("", {}) if first is not None for _, below in layer.named_layers()
+    }
+    uses = Counter(p for _, layer in model.named_layers() for p in layer._own_parameters().values())
 
     def alone(layer: Layer) -> bool:
         return layer not in shared and all(uses[p] == 1 for p in layer.named_parameters().values())

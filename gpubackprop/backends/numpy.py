@@ -80,7 +80,7 @@ class NumpyBackend:
         dtype = np.dtype(dtype)
         size = math.prod(shape) * dtype.itemsize
         raw = np.empty(size + 64, np.uint8)
-        start = -raw.ctypes.data % 64
+        start = -raw.__array_interface__["data"][0] % 64
         return raw[start : start + size].view(dtype).reshape(tuple(shape))
 
     def asarray(self, array: Any, dtype: npt.DTypeLike | None = None) -> Array:
