@@ -23,6 +23,7 @@ __all__ = [
     "PASSES",
     "PENALTIES",
     "RULES",
+    "RUNNING",
     "TWO_SUM",
     "UNARY",
     "Activation",
@@ -321,6 +322,14 @@ rest = total - high
 low = where(total - total == 0, low + (high - (total - rest)) + (part - rest), 0)
 high = total + low
 low -= high - total
+"""
+
+# r += momentum * (factor * batch - r), in halves that do not overflow; `top` is the largest number of the type. Where
+# rounding would leave r short of what it follows, it becomes that: a constant is reached exactly.
+RUNNING = """
+t = minimum(factor * batch, top)
+step = half * t - half * r
+r = where(r + step + step == r, t, r + step + step)
 """
 
 # A name ending in _t is its constant to the power t, the number of the step counted from 1.

@@ -15,7 +15,7 @@ from gpubackprop import fused, ops
 from gpubackprop.arena import Parameter
 from gpubackprop.checks import warn
 from gpubackprop.data import as_features, by_name, column_names
-from gpubackprop.formulas import ACTIVATIONS, CONSTRAINTS, Constraint
+from gpubackprop.formulas import ACTIVATIONS, CONSTRAINTS, RUNNING, Constraint
 from gpubackprop.model import CLASSES, Layer, as_dtype, current_mode
 from gpubackprop.names import explains_keywords, hint, of_pytorch
 from gpubackprop.operands import graph
@@ -173,14 +173,6 @@ class LayerNorm(Layer):
         return fused.layer_norm(x, self.gain, self.bias, self.eps)
 
 
-# Where rounding would leave r as it is, short of what it follows, it becomes that: a constant is reached exactly.
-_FOLLOW = """
-t = minimum(f * b, top)
-step = half * t - half * r
-r = where(r + step + step == r, t, r + step + step)
-"""
-
-
 class BatchNorm(Layer):
     """gain · (x − mean) / √(var + eps) + bias per column: batch statistics in training, running ones in inference.
 
@@ -207,11 +199,12 @@ class BatchNorm(Layer):
         return y
 
     def _follow(self, running: Parameter, batch: Any, factor: float) -> None:
-        """running += momentum · (factor · batch − running), in halves that do not overflow."""
+        """running += momentum · (factor · batch − running)."""
         back, r = running.backend, running.master
-        numbers = {"half": self.momentum / 2, "f": factor, "top": np.finfo(r.dtype).max}
-        reads = {"r": r, "b": batch} | {k: back.asarray(np.array(v, r.dtype)) for k, v in numbers.items()}
-        run(r, partial(back.elementwise, "running statistics", {"r": graph(_FOLLOW)["r"]}, reads, {"r": r}))
+        numbers = {"half": self.momentum / 2, "factor": factor, "top": np.finfo(r.dtype).max}
+        reads = {"r": r, "batch": batch} | {k: back.asarray(np.array(v, r.dtype)) for k, v in numbers.items()}
+        new, what = {"r": graph(RUNNING)["r"]}, "r += momentum · (factor · batch − r)"
+        run(r, partial(back.elementwise, "running statistics", new, reads, {"r": r}, what=what))
 
 
 class Scaler(Layer):
@@ -275,8 +268,10 @@ class Sequential(Layer):
         if _kind(self) in (Sequential, Residual):
             _width(self, None, "", {}, where)
 
-    def children(self) -> dict[str, Layer]:
-        return {str(i): layer for i, layer in enumerate(self.layers)}
+    def _members(self) -> list[tuple[str, Layer | Parameter]]:
+        """Its layers by position alone, and a subclass's own parameters."""
+        own = ((key, p) for key, p in super()._members() if isinstance(p, Parameter))
+        return [*own, *((str(i), layer) for i, layer in enumerate(self.layers))]
 
     def _takers_of_x(self) -> Sequence[Layer]:
         return self.layers[:1]

@@ -129,6 +129,9 @@ def loops() -> list[Loop]:
         for before, general in product((False, True), repeat=2):
             if graph := rule.graph(before=before, general=general):
                 found.append(loop("map", tuple(graph.items()), ("p", "g", *rule.state, "factor"), single=("factor",)))
+    running = {"r": formulas.parse(formulas.RUNNING)["r"]}
+    numbers = ("half", "factor", "top")
+    found.append(loop("map", tuple(running.items()), ("r", "batch", *numbers), single=numbers))
     added = formulas.parse(formulas.TWO_SUM)
     found.append(loop("map", tuple((k, added[k]) for k in ("high", "low")), ("high", "low", "part")))
     return list({made.symbol: made for made in found}.values())
