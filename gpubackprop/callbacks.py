@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpubackprop.checks import flag, number, whole
+from gpubackprop.names import explains_keywords
 from gpubackprop.rates import direction, watched
 from gpubackprop.step import Keeper
 
@@ -30,6 +31,7 @@ def around(callbacks: Iterable[Callback], trainer: Any) -> Iterator[None]:
         yield
 
 
+@explains_keywords
 @dataclass
 class EarlyStopping:
     """Stop when `monitor` has not improved by more than min_delta for `patience` epochs in a row; counted anew in each

@@ -94,13 +94,18 @@ def _listed(names: Sequence[Any]) -> str:
     return ", ".join(map(repr, names[:MOST_LISTED])) + more
 
 
-def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDArray[np.int64]:
-    """Labels y (n,) as int64 in 0 … classes − 1; integers, bools and integral floats are labels."""
+def as_labels(
+    y: Any, classes: int, where: str = "fit", name: str = "y", numbers: str = "give the model more outputs"
+) -> NDArray[np.int64]:
+    """Labels y (n,) as int64 in 0 … classes − 1; integers, bools and integral floats are labels.
+
+    `numbers` is what else to do where they are out of range.
+    """
     renumber = f"number the classes with np.unique({name}, return_inverse=True)"
     a = _numbers(y, where, name, renumber)
     n = row_count(a, where, name)
     if a.ndim > 1:
-        remedy = f"{name}.ravel()" if a.size == n else f"{name}.argmax(axis=1) if the rows are one-hot"
+        remedy = f"np.ravel({name})" if a.size == n else f"{name}.argmax(axis=1) if the rows are one-hot"
         raise ValueError(f"{where}: {name} has shape {a.shape}, expected ({n},), one label each; use {remedy}")
     with np.errstate(invalid="ignore"):  # NaN and infinity become some integer, which then differs from them
         labels = a.astype(np.int64)
@@ -114,7 +119,7 @@ def as_labels(y: Any, classes: int, where: str = "fit", name: str = "y") -> NDAr
     if value % 1:
         problem = f"is fractional, expected an integer {allowed}; {renumber}, or train with the loss 'mse'"
     else:
-        problem = f"is out of range, expected {allowed}; {renumber}, or give the model more outputs"
+        problem = f"is out of range, expected {allowed}; {renumber}, or {numbers}"
     raise ValueError(f"{where}: label {value} at row {row} {problem}")
 
 
@@ -161,7 +166,7 @@ def as_weights(w: Any, where: str = "fit", name: str = "sample_weight") -> NDArr
     a = _numbers(w, where, name, "pass numbers")
     n = row_count(a, where, name)
     if a.ndim > 1:
-        remedy = f"{name}.ravel()" if a.size == n else f"{name}[:, 0] for those of one column"
+        remedy = f"np.ravel({name})" if a.size == n else f"{name}[:, 0] for those of one column"
         raise ValueError(f"{where}: {name} has shape {a.shape}, expected ({n},), one weight each; use {remedy}")
     weights = _cast(a, np.float64, where, name)
     if weights.min() < 0:

@@ -12,6 +12,7 @@ from gpubackprop.backends.base import is_on_device
 from gpubackprop.checks import whole
 from gpubackprop.columns import Columns
 from gpubackprop.data import as_seed, check_same_length, on_host, row_count
+from gpubackprop.names import explains_keywords
 
 if TYPE_CHECKING:
     from gpubackprop.trainer import Trainer
@@ -24,6 +25,7 @@ Rows = NDArray[np.intp]
 # ---- two or three parts --------------------------------------------------------------------------------------------
 
 
+@explains_keywords
 def split(
     x: Any, y: Any, *more: Any, test: float = 0.2, validation: float | None = None, seed: int | None = 0,
     stratify: bool | None = None,
@@ -160,6 +162,7 @@ def take(a: Any, rows: Rows, where: str) -> Any:
 # ---- folds ---------------------------------------------------------------------------------------------------------
 
 
+@explains_keywords
 @dataclass(frozen=True)
 class KFold:
     """n_splits folds of shuffled rows, each of them the test rows once; also for scikit-learn's `cv=`.

@@ -108,7 +108,7 @@ class Objective:
                 raise ValueError(f"{where}: {self.name} needs an output per class but the model has one; {remedy}")
             return as_labels(y, outputs, where)
         if self.own and y.ndim == 1 and y.dtype.kind in "iu" and outputs > 1:
-            return as_labels(y, outputs, where)
+            return as_labels(y, outputs, where, numbers="pass y[:, None] if they are numbers, not labels")
         if self.own:
             return as_targets(y, dtype, y.shape[1] if y.ndim == 2 else 1, where)
         rows = (as_probabilities if self.head == "sigmoid" else as_targets)(y, dtype, outputs, where)

@@ -514,6 +514,8 @@ def check_model(model: Any, where: str) -> None:
     """Raise unless it is a layer."""
     if not isinstance(model, Layer):
         got = f"{of_pytorch(model) or type(model).__name__}; expected a layer, such as gb.mlp([64, 128, 10])"
+        if isinstance(getattr(model, "model_", None), Layer):
+            raise TypeError(f"{where}: model is {type(model).__name__}; expected a layer: pass its model_")
         raise TypeError(f"{where}: model is {got}{hint('gb', model)}")
 
 

@@ -81,7 +81,7 @@ FOREIGN: Mapping[str, Mapping[str, str]] = {
         "batch_size": "an argument of fit",
         "batch": "batch_size= of fit",
         "verbose": "progress=True or False of fit",
-        "random_state": "seed= of the Trainer",
+        "random_state": "seed",
         "shuffle": "an argument of fit",
         "callbacks": "an argument of fit",
         "early_stopping": "callbacks=[gb.EarlyStopping(patience=10)] of fit",
@@ -98,6 +98,12 @@ FOREIGN: Mapping[str, Mapping[str, str]] = {
         "betas": "beta1 and beta2",
         "amsgrad": "not available",
         "p": "rate",
+        "test_size": "test",
+        "train_size": "test: the share of the other rows",
+        "restore_best_weights": "restore_best",
+        "dim": "axis",
+        "keepdim": "keepdims",
+        "cv": "not available: gb.KFold(n_splits).split(x, y) gives the rows of each fold",
     },
     "gb": {
         "linear": "gb.Dense(inputs, units)",
@@ -150,6 +156,34 @@ FOREIGN: Mapping[str, Mapping[str, str]] = {
         "mlpregressor": "gpubackprop.sklearn.MLPRegressor",
         "conv2d": "not available: layers are dense",
         "lstm": "not available: layers are dense",
+    },
+    "tensor": {
+        "view": "reshape",
+        "flatten": "reshape(-1)",
+        "ravel": "reshape(-1)",
+        "squeeze": "reshape",
+        "unsqueeze": "reshape, or a key with None: x[:, None]",
+        "permute": "transpose(*axes)",
+        "t": "T",
+        "clone": "copy.copy(x), or gb.tensor(x.numpy())",
+        "copy": "copy.copy(x), or gb.tensor(x.numpy())",
+        "cpu": "numpy(), which copies to the host",
+        "cuda": "gb.tensor(array, device='cuda')",
+        "to": "astype(dtype), or gb.tensor(array, device=…)",
+        "float": "astype('float32')",
+        "double": "astype('float64')",
+        "long": "astype('int64')",
+        "tolist": "numpy().tolist()",
+        "dim": "ndim",
+        "numel": "size",
+        "pow": "x ** p",
+        "norm": "(x ** 2).sum() ** 0.5",
+        "std": "x.numpy().std(); ((x - x.mean()) ** 2).mean() ** 0.5 has a gradient",
+        "var": "x.numpy().var(); ((x - x.mean()) ** 2).mean() has a gradient",
+        "argmax": "x.numpy().argmax()",
+        "argmin": "x.numpy().argmin()",
+        "requires_grad_": "gb.tensor(array, requires_grad=True)",
+        "zero_grad": "not needed: backward() overwrites",
     },
     "model": {
         "fit": _FIT,
@@ -212,7 +246,10 @@ R = TypeVar("R")
 
 
 def explains_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function so that an unknown keyword is an error that says what it is called here."""
+    """Decorate a function or a class so that an unknown keyword is an error that says what it is called here."""
+    if isinstance(function, type):
+        function.__init__ = explains_keywords(function.__init__)  # type: ignore[misc]
+        return function
     code = function.__code__
     known = [k for k in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if k != "self"]
     where = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]

@@ -1,6 +1,7 @@
 """The learning-rate range test: how the loss of a copy of a trainer goes while its learning rate rises."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -10,7 +11,6 @@ import numpy.typing as npt
 
 from gpubackprop.checks import interval, whole
 from gpubackprop.columns import Columns, Grid, Shown
-from gpubackprop.data import check_same_length
 from gpubackprop.diagnostics import copied
 from gpubackprop.holdout import take
 from gpubackprop.optimizers import LBFGS, Optimizer
@@ -55,7 +55,7 @@ def lr_range_test(
     twin = copied(trainer, where)
     if isinstance(trainer.optimizer, LBFGS):
         raise ValueError(f"{where}: LBFGS searches for the length of its steps; there is no rate to test")
-    check_same_length(x, y, where)
+    twin._data(x, y, "fit")  # says what is wrong with them, by their own rows and once
     low, high = interval(where, low, high, "> 0")
     updates, batch_size = whole(where, "updates", updates, 2), whole(where, "batch_size", batch_size)
     rates = low * (high / low) ** (np.arange(updates) / (updates - 1))
@@ -64,16 +64,16 @@ def lr_range_test(
     rows = generator.permutation(n := len(x))
     losses: list[float] = []
     means: list[float] = []
+    quietly: dict[str, Any] = {"shuffle": False, "progress": False}
     for i in range(updates):
         batch = rows[np.arange(i * batch_size, (i + 1) * batch_size) % n] if batch_size < n else rows
         try:
-            losses.append(
-                twin.fit(take(x, batch, where), take(y, batch, where), 1, batch_size, shuffle=False, progress=False)[
-                    "loss"
-                ][-1]
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                history = twin.fit(take(x, batch, where), take(y, batch, where), 1, batch_size, **quietly)
         except TrainingDiverged:
             break
+        losses.append(history["loss"][-1])
         mean = losses[-1] if not means else MEMORY * means[-1] + (1 - MEMORY) * losses[-1]
         means.append(mean)
         if not math.isfinite(mean) or losses[-1] > BLOWN_UP * min(means):

@@ -94,7 +94,8 @@ def lost(a: Array, dtype: npt.DTypeLike) -> Lost | None:
         top, span = np.maximum(abs(low), abs(high)), high - low
         error = np.maximum(top * float(info.eps) / 2, float(info.smallest_subnormal) / 2)
         # a deviation is at least span / sqrt(2 rows), so that most columns need no closer look
-        doubtful = (span > NOISE * top) & (error * np.sqrt(2 * len(a)) >= TOLERATED * span)
+        noise = NOISE if a.dtype.kind == "f" else 0  # integers are exact
+        doubtful = (span > noise * top) & (error * np.sqrt(2 * len(a)) >= TOLERATED * span)
     for column in np.flatnonzero(doubtful | (top > float(info.max))).tolist():
         values = a[:, column : column + 1]
         row, worst = _worst(values, dtype)

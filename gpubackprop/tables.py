@@ -122,7 +122,7 @@ def _read_npz(
         if task == "regression":
             return Table(x, targets, task=task)
     if y.ndim != 1:
-        raise ValueError(f"{path}: y has shape {y.shape}, expected ({len(y)},), one label each; use y.ravel()")
+        raise ValueError(f"{path}: y has shape {y.shape}, expected ({len(y)},), one label each; use np.ravel(y)")
     cells = [str(value) for value in (y.astype(str) if y.dtype.kind in "ST" else y).tolist()]
     labels, known = _labels(path, cells, classes, lambda row: f"y at row {row}")
     return Table(x, labels, task=task, classes=known)

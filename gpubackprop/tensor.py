@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, is_on_device
 from gpubackprop.backprop import Backprop, backward
+from gpubackprop.names import hint
 from gpubackprop.plan import current_layer, recording
 
 __all__ = ["Axis", "Tensor", "tensor"]
@@ -57,6 +58,11 @@ class Tensor:
         self.boolean = False
         self.grad_buffer: Buffer | None = None  # where a parameter's gradient has its fixed place
         self.grad_data: Buffer | None = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"a tensor has no attribute {name!r}{hint('tensor', name)}", name=name, obj=self)
 
     # ---- what it is
 
@@ -412,7 +418,7 @@ def _refuse_values() -> None:
     if recording() is not None:
         raise RuntimeError(
             "a tensor's value was asked for while a plan records: a recorded step replays its launches and cannot "
-            "branch on values; use gb.where, or compute the value outside the model"
+            "branch on values; use gb.where, gb.tensor(array)[t] for array[t], or compute the value outside the model"
         )
 
 

@@ -557,6 +557,7 @@ class Trainer:
     # ---- reading
 
     @exclusive
+    @explains_keywords
     def evaluate(self, x: Any, y: Any, sample_weight: Any = None) -> dict[str, float]:
         """Mean loss, by weight where rows have weights, penalties included, and metrics over the rows, without training
         behaviour.

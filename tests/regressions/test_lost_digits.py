@@ -85,6 +85,21 @@ def test_fit_names_the_column_and_row_of_x_that_float32_rounds_away(rng):
     fitted(x.astype("f"), x[:, 0])
 
 
+def test_integers_have_no_noise(rng):
+    x = 2**54 + 4 * rng.integers(0, 4, (40, 1))
+    assert lost(x, "float32").column == 0 and lost(x.astype(float), "float32") is None
+
+
+def test_a_range_test_says_what_float32_rounds_once_and_by_its_own_row(rng):
+    y = rng.normal(size=(40, 1))
+    x = y + 1e9
+    with pytest.warns(RuntimeWarning, match="x column 0 .* float32 rounds it") as seen:
+        gb.lr_range_test(gb.Trainer(gb.mlp([1, 1]), "mse", seed=0), x, y, batch_size=8)
+    with pytest.warns(RuntimeWarning) as fitted:
+        gb.Trainer(gb.mlp([1, 1]), "mse", seed=0).fit(x, y, epochs=1)
+    assert [str(w.message) for w in seen] == [str(w.message) for w in fitted]
+
+
 @pytest.mark.parametrize("y", [lambda u: 1e8 + u, lambda u: np.int64(2**40) + (3 * u).astype(int)])
 def test_fit_names_the_target_that_float32_rounds_away(y, rng):
     u = rng.normal(size=200)

@@ -93,6 +93,21 @@ FOREIGN_NAMES = [
     (lambda: gb.Dropout(p=0.5), TypeError, "Dropout: unknown argument 'p'; here it is rate"),
     (lambda: gb.Trainer(gb.mlp([3, 2]), "categorical_crossentropy"), ValueError, "here it is 'cross_entropy'"),
     (lambda: gb.Trainer(gb.mlp([3, 2]), device="gpu"), ValueError, "here it is 'cuda'"),
+    (lambda: gb.split(X, Y, test_size=0.2), TypeError, "split: unknown argument 'test_size'; here it is test"),
+    (lambda: gb.KFold(n_split=3), TypeError, "KFold: unknown argument 'n_split'; did you mean 'n_splits'"),
+    (lambda: gb.EarlyStopping(patiense=3), TypeError, "EarlyStopping: unknown argument 'patiense'; did you mean 'pat"),
+    (
+        lambda: gb.Trainer(gb.mlp([3, 2])).evaluate(X, Y, sample_weights=Y),
+        TypeError,
+        "evaluate: unknown argument 'sample_weights'; did you mean 'sample_weight'",
+    ),
+    (lambda: gb.tensor(X).unsqueeze(0), AttributeError, "a tensor has no attribute 'unsqueeze'; here it is reshape"),
+    (lambda: gb.save_model(types.SimpleNamespace(model_=gb.mlp([3, 2])), "a"), TypeError, "pass its model_"),
+    (
+        lambda: gb.Trainer(gb.mlp([3, 2]), lambda o, t: (o - t).mean()).fit(X, Y + 30),
+        ValueError,
+        r"label 30 at row 0 is out of range.* or pass y\[:, None\] if they are numbers",
+    ),
     (lambda: gb.grid_points(11935), TypeError, "grid_points: model is int; expected a layer"),
     (
         lambda: gb.random_search(gb.mlp([3, 2]), X, Y),
@@ -134,6 +149,7 @@ def test_foreign_names_are_names_of_nothing_here():
     tables = {"activation": ACTIVATIONS, "loss": LOSSES, "metric": METRICS}
     assert {kind: set(FOREIGN[kind]) & set(table) for kind, table in tables.items()} == {kind: set() for kind in tables}
     assert [name for name in FOREIGN["model"] if hasattr(gb.Layer, name)] == []
+    assert [name for name in FOREIGN["tensor"] if hasattr(gb.Tensor, name)] == []
     assert all(key == key.lower() for table in FOREIGN.values() for key in table)
 
 
