@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -43,6 +44,12 @@ def cuda(monkeypatch):
     for name, backend in made.items():
         if re.fullmatch(r"cuda:\d+", name):
             backend.driver.check()
+
+
+def pytest_configure():
+    """Ctrl-C is what it is in a terminal, for processes that tests start too, though a shell's background ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

@@ -816,7 +816,10 @@ def test_sigint_ends_a_process_with_130(folder):
     assert any(line.startswith("training") for line in lines)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert re.fullmatch(r"gpubackprop: interrupted after \d+ of 10000000 epochs; the model .* saved to m\n", errors)
     assert run("evaluate", "m", "regression7").startswith("held out")
