@@ -12,11 +12,11 @@ import numpy as np
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.checks import warn
+from gpubackprop.claims import exclusive
 from gpubackprop.files import KINDS, Damaged, Safetensors, check_writable, write_file
 from gpubackprop.formulas import ACTIVATIONS, Activation, checked_activation, cut, walk
 from gpubackprop.layers import Concatenate, Dense, Scaler, Sequential
 from gpubackprop.model import CLASSES, Layer, as_dtype, check_model
-from gpubackprop.threads import exclusive
 
 __all__ = ["check_suffix", "check_writable", "encode_model", "load_model", "read_metadata", "save_model", "write_file"]
 

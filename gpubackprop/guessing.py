@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.checks import interval, whole
+from gpubackprop.claims import exclusive
 from gpubackprop.columns import Shown
 from gpubackprop.data import as_seed
 from gpubackprop.diagnostics import check_trainer
 from gpubackprop.model import Layer, check_model
-from gpubackprop.threads import exclusive
 from gpubackprop.trainer import Trainer
 
 __all__ = ["Guesses", "grid_points", "grid_search", "random_search"]

@@ -15,6 +15,7 @@ from gpubackprop import initializers, ops
 from gpubackprop.arena import Arena, Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, StepTable, is_on_device, setting
+from gpubackprop.claims import exclusive, refuse_while_trained, using
 from gpubackprop.data import as_features, as_seed, by_name
 from gpubackprop.formulas import cut
 from gpubackprop.names import hint, of_pytorch, refuse_keywords
@@ -22,7 +23,6 @@ from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
 from gpubackprop.predictor import Predictor
 from gpubackprop.tensor import FLOATS, Tensor
-from gpubackprop.threads import exclusive, refuse_while_trained, using
 
 __all__ = ["CLASSES", "Layer", "Mode", "check_model", "current_mode", "mode", "seed_or_fresh", "training"]
 

@@ -17,11 +17,11 @@ from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Buffer, is_on_device
 from gpubackprop.callbacks import Callback
 from gpubackprop.checks import choice, flag, number, whole
+from gpubackprop.claims import exclusive, using
 from gpubackprop.device_data import on_device, taken
 from gpubackprop.layers import Dense, mlp
 from gpubackprop.precision import precision as precision_named
 from gpubackprop.solvers import STOCHASTIC, descend, minimise, undone_on_error
-from gpubackprop.threads import exclusive, using
 
 __all__ = ["Perceptron"]
 

@@ -36,7 +36,7 @@ class Predictor:
 
     A row's result does not depend on the values in the rows beside it, so the padding may hold anything; at least two
     rows are computed, because the product of one row is another routine, with other last bits. A plan's buffers serve
-    one call at a time: the caller has the model to itself (`threads.using`).
+    one call at a time: the caller has the model to itself (`claims.using`).
     """
 
     def __init__(self) -> None:

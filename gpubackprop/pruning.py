@@ -13,6 +13,7 @@ from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
 from gpubackprop.backprop import backward
 from gpubackprop.checks import choice, number, warn
+from gpubackprop.claims import exclusive
 from gpubackprop.columns import Columns
 from gpubackprop.data import as_features, by_name
 from gpubackprop.fused import activation_row
@@ -21,7 +22,6 @@ from gpubackprop.model import Layer, Mode, check_model, mode, training
 from gpubackprop.plan import Plan, empty
 from gpubackprop.scaling import showing
 from gpubackprop.tensor import Tensor
-from gpubackprop.threads import exclusive
 
 __all__ = ["prune", "rewind", "shrink"]
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop import ops
+from gpubackprop.claims import exclusive
 from gpubackprop.columns import Columns
 from gpubackprop.formulas import Activation
 from gpubackprop.fused import dense
@@ -17,7 +18,6 @@ from gpubackprop.layers import Dense
 from gpubackprop.model import Layer, Mode, check_model, mode, seed_or_fresh
 from gpubackprop.observe import observing
 from gpubackprop.tensor import Tensor
-from gpubackprop.threads import exclusive
 
 __all__ = ["layer_stats", "lsuv", "showing"]
 

@@ -27,10 +27,10 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from gpubackprop import ops
 from gpubackprop.callbacks import Callback
 from gpubackprop.checks import choice
+from gpubackprop.claims import exclusive
 from gpubackprop.perceptron import Perceptron
 from gpubackprop.solvers import STOCHASTIC
 from gpubackprop.tensor import tensor
-from gpubackprop.threads import exclusive
 
 __all__ = ["MLPClassifier", "MLPRegressor"]
 

@@ -17,6 +17,7 @@ from gpubackprop.backends.base import Backend, Buffer, StepTable, Workspace, is_
 from gpubackprop.backends.driver import DeviceMemoryError
 from gpubackprop.callbacks import Callback, EarlyStopping, around
 from gpubackprop.checks import flag, number, warn, whole
+from gpubackprop.claims import exclusive, trains, using
 from gpubackprop.columns import History
 from gpubackprop.data import as_features, as_targets, by_name, check_same_length, column_names, labels_of
 from gpubackprop.device_data import check_one_place, on_device, taken
@@ -41,7 +42,6 @@ from gpubackprop.row_weights import inverse, row_weights, weight_of_batches
 from gpubackprop.spread import lost, unsquared
 from gpubackprop.step import Graphs, Keeper, Source, StagedSource, Step, Sums, Terms
 from gpubackprop.tensor import Tensor
-from gpubackprop.threads import exclusive, trains, using
 
 __all__ = ["Trainer", "TrainingDiverged"]
 

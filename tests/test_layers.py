@@ -1040,10 +1040,10 @@ def test_predict_notices_every_change_of_a_layer():
 def test_a_child_forked_while_another_thread_uses_a_model_can_use_it():
     code = """
 import os, threading, gpubackprop as gb
-from gpubackprop import threads
+from gpubackprop import claims
 held, model = threading.Event(), gb.mlp([2, 3])
 def hold():
-    with threads.using("fit", model.shared(), training=True), threads._changed:
+    with claims.using("fit", model.shared(), training=True), claims._changed:
         held.set()
         threading.Event().wait(5)
 threading.Thread(target=hold, daemon=True).start()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gpubackprop as gb
-from gpubackprop.threads import using
+from gpubackprop.claims import using
 
 REFUSED = "another thread is training this"
 
