@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "gpubackprop"
 
 # A module may import from its own level or a lower one.
 LEVELS = [
-    {"names", "formulas", "checks", "columns", "spread", "threads"},
+    {"names", "formulas", "checks", "columns", "spread", "claims"},
     {"files"},
     {"backends"},
     {"plan", "observe"},
