@@ -47,7 +47,7 @@ def cuda(monkeypatch):
 
 
 def pytest_configure():
-    """Ctrl-C is what it is in a terminal, for processes that tests start too, though a shell's background ignores it."""
+    """Ctrl-C is what it is in a terminal, in processes that tests start too; a shell's background ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
