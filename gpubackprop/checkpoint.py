@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def encode_model(model: Layer, extra: Mapping[str, Any] | None = None) -> bytes:
             for r in _registered_rows(model)
         ],
         "extra": dict(extra or {}),
-    } | {key: list(names) for key in NAMES if (names := getattr(model, key)) and set(map(type, names)) == {str}}
+    } | {key: names for key in NAMES if (names := _written_names(model, key))}
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
@@ -142,6 +143,16 @@ def read_metadata(path: PathLike) -> dict[str, Any]:
 def _check_path(path: Any, where: str) -> None:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{where}: path is {type(path).__name__}; expected the name of a file, such as 'm.safetensors'")
+
+
+def _written_names(model: Layer, key: str) -> list[Any] | None:
+    """The names of columns as JSON holds them, if all are text and numbers."""
+    names = [int(n) if isinstance(n, Integral) else n for n in getattr(model, key) or ()]  # NumPy's too
+    if unknown := [n for n in names if not isinstance(n, str | int | float) or n != n]:
+        kept = "a file keeps text and numbers, so that its model takes columns by position"
+        warn(f"save_model: {key} has {cut(repr(unknown[0]))}; {kept}", RuntimeWarning)
+        return None
+    return names
 
 
 def _not_finite(model: Layer, state: Mapping[str, Any]) -> str | None:
@@ -213,7 +224,9 @@ def _model(header: dict[str, Any], where: str) -> Layer:
             raise ValueError(f"its header is damaged (the unknown head {cut(repr(head))}); save it again")
         for key in NAMES:
             names = header.get(key)
-            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            if names is not None and not (
+                isinstance(names, list) and all(isinstance(n, str | int | float) for n in names)
+            ):
                 raise ValueError(f"its header is damaged ({key} is no list of names); save it again")
             if key == "feature_names" and names and model.inputs not in (None, len(names)):
                 raise ValueError(

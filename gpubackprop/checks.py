@@ -81,6 +81,13 @@ def choice(where: str, key: str, value: Any, known: Iterable[str | None]) -> Non
         raise ValueError(f"{where}: unknown {key} {value!r}; choose from {listed}{hint(key, value, known)}")
 
 
+def refuse_masked(where: str, name: str, a: Any) -> None:
+    """ValueError if a NumPy array has masked values, which np.asarray would unmask."""
+    mask = getattr(a, "mask", None) if isinstance(a, np.ndarray) else None
+    if mask is not None and np.any(mask):
+        raise ValueError(f"{where}: {name} has masked values, expected none; remove such rows or use {name}.filled()")
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line outside the library that led here, however many of its functions lie between."""
     level, frame = 1, sys._getframe()

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from gpubackprop.backends.base import is_on_device
+from gpubackprop.checks import refuse_masked
 
 __all__ = [
     "as_features",
@@ -200,10 +201,7 @@ def on_host(a: Any, where: str, name: str) -> Array:
     if is_on_device(a):
         remedy = f"copy it with {name}.get() or {name}.cpu()"
         raise TypeError(f"{where}: {name} lies on a CUDA device, expected host data; {remedy}")
-    mask = getattr(a, "mask", None) if isinstance(a, np.ndarray) else None
-    if mask is not None and np.any(mask):  # np.asarray would unmask them
-        remedy = f"remove such rows or use {name}.filled()"
-        raise ValueError(f"{where}: {name} has masked values, expected none; {remedy}")
+    refuse_masked(where, name, a)
     if callable(convert := getattr(a, "numpy", None)):  # a Tensor
         a = convert()
     if callable(convert := getattr(a, "to_numpy", None)):  # a frame, whose bools beside floats become objects
@@ -236,6 +234,8 @@ def _numbers(a: Any, where: str, name: str, remedy: str) -> Array:
         raise TypeError(f"{where}: {name} is of type {type(a).__name__}, expected numbers; {remedy}")
     if array.dtype.kind == "c":
         remedy = f"pass {name}.real and {name}.imag as columns of their own"
+    elif array.dtype.kind == "m":
+        remedy = f"divide by a unit, as {name} / np.timedelta64(1, 's')"
     elif array.dtype.kind == "M":
         remedy = f"subtract a date and divide by a unit, as ({name} - date) / np.timedelta64(1, 'D')"
     elif array.dtype.kind in "OUS":

@@ -240,6 +240,8 @@ class Scaler(Layer):
         if poor.any():
             what = f"column {int(poor.argmax())} has a standard deviation of {scale[poor][0]:.3g}"
             raise ValueError(f"Scaler.fit: x {what}, which {dtype} cannot hold; {remedy}")
+        if dtype == np.float64:
+            remedy = "subtract its least number from x first, as an integer"
         if (loss := lost(rows, dtype)) is not None:
             message = f"Scaler.fit: x {loss.phrase()}; {remedy}"
             if math.isinf(loss.error):

@@ -1,6 +1,7 @@
 """What every layer and model is: declared parameters, a tree of sublayers, one arena, a forward of operations."""
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -63,6 +64,15 @@ def training(seed: int = 0, step: StepTable | int = 0) -> AbstractContextManager
 NESTED = (list, tuple, dict)
 PLAIN = {type(None), bool, int, float, str}
 NO_MEMBERS = ("arguments", "_arenas", "_feature_names", "target_names")  # attributes that hold no layers or parameters
+
+
+class _Eager(threading.local):
+    """Whether this thread is in a call of a layer."""
+
+    within = False
+
+
+_eager = _Eager()
 
 CLASSES: dict[str, type["Layer"]] = {}  # by the name that model files use
 
@@ -145,10 +155,18 @@ class Layer:
         if (watcher := observer()) is not None:
             return watcher.call(self, x)
         if recording() is None:
-            refuse_while_trained("call", self.shared)
-            return self.forward(x)
+            return self.forward(x) if _eager.within else self._alone(x)
         with within(self._path):
             return self.forward(x)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """The output, while no other thread changes the parameters: sublayers are called within."""
+        with using("call", self.shared()):
+            _eager.within = True
+            try:
+                return self.forward(x)
+            finally:
+                _eager.within = False
 
     @property
     def inputs(self) -> int | None:

@@ -276,6 +276,8 @@ def _take_along_axis(arr: Tensor, indices: Any, axis: int | None = -1) -> Tensor
 
 
 def _diff(a: Tensor, n: int = 1, axis: int = -1) -> Tensor:
+    if n < 0:
+        raise ValueError(f"np.diff: n is {n}, expected 0 or more")
     lead = [slice(None)] * (axis % a.ndim)
     return reduce(lambda t, _: t[(*lead, slice(1, None))] - t[(*lead, slice(-1))], range(n), a)
 

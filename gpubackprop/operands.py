@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from gpubackprop.backends.base import Buffer, Graph, arithmetic, setting
 from gpubackprop.backprop import Backprop, Gradients
+from gpubackprop.checks import refuse_masked
 from gpubackprop.formulas import parse
 from gpubackprop.plan import empty, run
 from gpubackprop.tensor import FLOATS, Axis, Tensor
@@ -33,6 +34,7 @@ def constant(value: Any, like: Tensor) -> Tensor:
     """The value as a tensor beside `like`: Python numbers, integers and masks take its dtype, floats must have it."""
     if isinstance(value, Tensor):
         return recast(value, like.dtype) if _adapts(value) and value.dtype != like.dtype else value
+    refuse_masked("tensor", "array", value)
     array = np.array(value)  # a copy: the caller may write over it before backward reads it
     adapts = isinstance(value, int | float) or array.dtype.kind in "iub"
     if not adapts and array.dtype not in FLOATS:

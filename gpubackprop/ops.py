@@ -160,6 +160,8 @@ def clip(x: Any, low: float, high: float) -> Tensor:
     """x limited to [low, high], as minimum(maximum(x, low), high): the gradient is 0 beyond a limit, half at it."""
     if not (isinstance(low, Real) and isinstance(high, Real)):
         raise TypeError(f"clip: two numbers expected, got {low!r} and {high!r}; use maximum or minimum for one side")
+    if low != low or high != high:
+        raise ValueError(f"clip: low is {low} and high {high}, expected numbers; for one side use maximum or minimum")
     if not low <= high:
         raise ValueError(f"clip: low {low} exceeds high {high}")
     return minimum(maximum(x, low), high)

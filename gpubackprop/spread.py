@@ -57,6 +57,10 @@ class Lost:
 def spread(a: Array) -> Spread:
     """Means and deviations of the columns of a (rows, columns), finite numbers of any type; nothing is copied whole."""
     low, high = extremes(a)
+    if _rounds(a, low, high):
+        least, above = _above(a)
+        of = spread(above)
+        return Spread(len(a), of.mean + least, of.deviation)
     with np.errstate(all="ignore"):
         mean, squares = _moments(a, None)
         deviation = np.where(high == low, 0, np.sqrt(squares / len(a)))
@@ -87,11 +91,13 @@ def lost(a: Array, dtype: npt.DTypeLike) -> Lost | None:
     column that is constant but for the noise of float64 has nothing to lose.
     """
     dtype = np.dtype(dtype)
-    if np.can_cast(a.dtype, dtype, "safe"):
+    if np.can_cast(a.dtype, dtype, "safe") and not _is_long(a):  # of which NumPy says that float64 holds it
         return None
     info, (low, high) = np.finfo(dtype), extremes(a)
     with np.errstate(all="ignore"):
         top, span = np.maximum(abs(low), abs(high)), high - low
+        if _rounds(a, low, high):
+            span = extremes(_above(a)[1])[1]
         error = np.maximum(top * float(info.eps) / 2, float(info.smallest_subnormal) / 2)
         # a deviation is at least span / sqrt(2 rows), so that most columns need no closer look
         noise = NOISE if a.dtype.kind == "f" else 0  # integers are exact
@@ -125,9 +131,10 @@ def _worst(column: Array, dtype: np.dtype[Any]) -> tuple[int, float]:
     """The row of the largest rounding error, and the error."""
     row, worst, first = 0, -1.0, 0
     for part in _parts(column):
-        values = part.astype(np.float64)
+        values = part if _is_long(part) else part.astype(np.float64)
         with np.errstate(all="ignore"):
-            errors = abs(values - values.astype(dtype))
+            cast = values.astype(dtype).astype(values.dtype)
+            errors = abs((values - cast).view(np.int64) if _is_long(part) else values - cast)
         if (error := float(errors.max())) > worst:
             row, worst = first + int(errors.argmax()), error
         first += len(part)
@@ -150,6 +157,22 @@ def _moments(a: Array, unit: Floats | None) -> tuple[Floats, Floats]:
         mean += shift * (m / n)
         squares += z.sum(0) + shift * shift * (m * (n - m) / n)
     return mean, squares
+
+
+def _is_long(a: Array) -> bool:
+    """Whether they are integers of 64 bits, which float64 rounds beyond 2^53."""
+    return a.dtype.kind in "iu" and a.dtype.itemsize == 8
+
+
+def _rounds(a: Array, low: Floats, high: Floats) -> bool:
+    """Whether float64 rounds integers between these."""
+    return _is_long(a) and bool((np.maximum(abs(low), abs(high)) >= 2**53).any())
+
+
+def _above(a: Array) -> tuple[Array, Array]:
+    """The least integer of each column, and how far the others lie above it."""
+    least = a.min(0)
+    return least, (a - least).view(np.uint64).astype(np.float64)
 
 
 def _parts(a: Array) -> Iterator[Array]:

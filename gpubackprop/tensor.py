@@ -11,6 +11,7 @@ import numpy.typing as npt
 from gpubackprop.backends import get_backend
 from gpubackprop.backends.base import Backend, Buffer, is_on_device
 from gpubackprop.backprop import Backprop, backward
+from gpubackprop.checks import refuse_masked
 from gpubackprop.names import hint
 from gpubackprop.plan import current_layer, recording
 
@@ -166,7 +167,7 @@ class Tensor:
         return (self[i] for i in range(len(self)))
 
     def __contains__(self, value: Any) -> bool:
-        return bool(np.any((self == value).numpy()))
+        return isinstance(same := self == value, Tensor) and bool(np.any(same.numpy()))
 
     def __repr__(self) -> str:
         about = f", requires_grad={self.requires_grad}" if self.requires_grad else ""
@@ -443,6 +444,7 @@ def tensor(
         array = there.to_numpy(there.asarray(array))
     elif home != "cpu":
         return _on_device(backend.asarray(array), backend, dtype, requires_grad)
+    refuse_masked("tensor", "array", array)
     try:
         values = np.asarray(array)
     except ValueError:

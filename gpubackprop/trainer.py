@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from fnmatch import fnmatchcase
 from functools import partial
 from numbers import Real
@@ -563,7 +563,7 @@ class Trainer:
         behaviour.
 
         Outputs are taken in the model's type, and all that is made of them in float64 on the host, some rows at a time;
-        a loss that is a function gets all rows at once, as tensors of the model's.
+        a loss that is a function gets all rows at once, in the model's type if it takes no other.
         """
         if not trains(self.model):
             self._follow()
@@ -581,13 +581,18 @@ class Trainer:
         weight = len(y) if w is None else float(w.sum(dtype=np.float64))
         figures = sums.figures(len(y), sums.spread(y), weight)
         if self.objective.own and whole is not None:
-            figures["loss"] = self._own_loss(whole, y)
+            figures["loss"] = self._own_loss(read(whole), y)
         return figures | {"loss": figures["loss"] + self.penalty.value(self.model.arena, weight)}
 
-    def _own_loss(self, output: Buffer, y: Array) -> float:
-        """The mean loss by a user's function, of tensors such as it is trained on."""
-        target = y if y.ndim == 1 else as_targets(y, self.model.dtype, y.shape[1], "evaluate")
-        total = self.objective.total(Tensor(output, self.backend), Tensor(self.backend.asarray(target), self.backend))
+    def _own_loss(self, output: Array, y: Array) -> float:
+        """The mean loss by a user's function, in float64; of tensors of the model's type where it knows only these."""
+        with suppress(TypeError, ValueError):
+            return self._total(np.asarray(output, np.float64), y, host_of(self.backend))
+        return self._total(self.backend.asarray(output), y, self.backend)
+
+    def _total(self, output: Buffer, y: Array, backend: Backend) -> float:
+        target = y if y.ndim == 1 else as_targets(y, output.dtype, y.shape[1], "evaluate")
+        total = self.objective.total(Tensor(output, backend), Tensor(backend.asarray(target), backend))
         return float(total.item()) / len(y)
 
     def predict(self, x: Any) -> Any:
@@ -685,6 +690,8 @@ class Trainer:
         for name, a in (("x", x), ("y", y)):
             if a.dtype != dtype and a.ndim == 2 and (loss := lost(a, dtype)) is not None:
                 remedy = f"subtract its mean and divide by its deviation in float64 first{wider}"
+                if dtype == np.float64:
+                    remedy = "subtract its least number first, as an integer"
                 warn(f"fit: {name} {loss.phrase()}; {remedy}", RuntimeWarning)
         squares = self.objective.head == "identity" or any(m.squares for m in self.metrics or ())
         if squares and y.ndim == 2 and (what := unsquared(y, dtype)) is not None:

@@ -225,19 +225,33 @@ def test_rows_times_classes_are_never_there_at_once():
 # ---- a user's own loss ----
 
 
-def test_a_loss_of_ones_own_sees_all_rows_in_the_models_type(rng):
+@pytest.mark.parametrize("one, dtype", [(1.0, np.float64), (gb.tensor(np.ones(1, "f")), np.float32)])
+def test_a_loss_of_ones_own_sees_all_rows_in_float64_if_it_can(one, dtype, rng):
     seen = []
 
     def spread_of_errors(output, target):
+        e = (output - target) * one
         seen.append((output.shape, output.dtype, target.dtype))
-        e = output - target
-        return (e * e).mean() - e.mean() * e.mean() * np.float32(1)
+        return (e * e).mean() - e.mean() * e.mean()
 
     x, y = rng.normal(size=(N, 4)), rng.normal(size=(N, 2))
     trainer = gb.Trainer(gb.mlp([4, 2]), spread_of_errors, metrics=["mae"], seed=0)
     errors = trainer.predict(x) - y
     seen.clear()
     figures = trainer.evaluate(x, y)
-    assert seen[-1] == ((N, 2), np.float32, np.float32)
-    same(figures, {"loss": errors.var()}, rtol=1e-5)
+    assert seen[-1] == ((N, 2), dtype, dtype)
+    same(figures, {"loss": errors.var()}, rtol=1e-12 if dtype is np.float64 else 1e-5)
     same(figures, {"mae": abs(errors).mean()}, rtol=1e-7)
+
+
+@pytest.mark.parametrize("device", [*DEVICES, "cuda"])
+@pytest.mark.parametrize("value, scale", [(1e8, 1), (0, 1e-25), (0, 1e25)])
+def test_a_loss_of_ones_own_is_as_exact_as_the_librarys(value, scale, device, request, rng):
+    if device == "cuda":
+        request.getfixturevalue("cuda")
+    y, losses = value + scale * rng.normal(size=400), []
+    for loss in ("mse", lambda o, t: ((o - t) ** 2).mean()):
+        trainer = gb.Trainer(gb.mlp([1, 1]), loss, seed=0, device=device)
+        trainer.model.load_state_dict({"0.weight": np.zeros((1, 1)), "0.bias": np.array([value])})
+        losses.append(trainer.evaluate(np.ones((400, 1)), y)["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)

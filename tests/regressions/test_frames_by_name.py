@@ -248,3 +248,17 @@ def test_rearranging_keeps_a_frame_a_frame():
         assert column_names(by_name(turned(frame, (2, 0, 1)), NAMES, "here")) == NAMES
     same = pandas(VALUES, NAMES)
     assert by_name(same, NAMES, "here") is same
+
+
+def test_a_file_keeps_numbers_and_says_which_labels_it_cannot(tmp_path):
+    pd = pytest.importorskip("pandas")
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 3)), columns=[10, 2.5, "c"])
+    trainer = gb.Trainer(gb.mlp([3, 1]), "mse", seed=0)
+    trainer.fit(frame, frame["c"], epochs=1)
+    gb.save_model(trainer.model, tmp_path / "m.safetensors")
+    again = gb.load_model(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(again.predict(frame[["c", 10, 2.5]]), trainer.predict(frame))
+    trainer.model.feature_names = pd.date_range("2020", periods=3)
+    with pytest.warns(RuntimeWarning, match="feature_names has Timestamp.*; a file keeps text and numbers"):
+        gb.save_model(trainer.model, tmp_path / "m.safetensors")
+    assert gb.load_model(tmp_path / "m.safetensors").feature_names is None

@@ -85,6 +85,24 @@ def test_fit_names_the_column_and_row_of_x_that_float32_rounds_away(rng):
     fitted(x.astype("f"), x[:, 0])
 
 
+@given(offset=st.integers(-(2**62), 2**62), steps=st.lists(st.integers(0, 2**40), min_size=2, max_size=9))
+def test_integers_beyond_two_to_the_53_are_measured_exactly(offset, steps):
+    x = np.array([[offset + step] for step in steps])
+    of, least = spread(x), min(steps)
+    assert of.deviation[0] == pytest.approx(np.std([step - least for step in steps]), rel=1e-12)
+    assert of.mean[0] == pytest.approx(sum(map(int, x[:, 0])) / len(x), rel=1e-12)
+    loses = max(abs(int(v) - int(float(v))) for v in x[:, 0]) > 0.01 * of.deviation[0]
+    assert (lost(x, "float64") is not None) == loses
+
+
+def test_fit_and_scaler_name_integers_that_no_float_holds():
+    c = np.arange(100) % 2
+    x = (2**60 + c)[:, None]
+    for fit in (gb.Trainer(gb.mlp([1, 2], dtype="float64"), seed=0).fit, lambda x, *_, **__: gb.Scaler(1).fit(x)):
+        with pytest.warns(RuntimeWarning, match="x column 0 has a standard deviation of 0.5, but float"):
+            fit(x, c, epochs=1)
+
+
 def test_integers_have_no_noise(rng):
     x = 2**54 + 4 * rng.integers(0, 4, (40, 1))
     assert lost(x, "float32").column == 0 and lost(x.astype(float), "float32") is None

@@ -221,3 +221,15 @@ def test_values_are_refused_while_a_plan_records(read):
     x = np.ones((4, 1))
     with pytest.raises(RuntimeError, match="a tensor's value was asked for while a plan records"):
         gb.Trainer(gb.mlp([1, 1]), loss, seed=0).fit(x, x, epochs=1)
+
+
+def test_masked_values_never_come_in():
+    masked, t = np.ma.masked_array([1.0, 99.0], [0, 1]), gb.tensor([1.0, 2.0], requires_grad=True)
+    for use in (gb.tensor, t.__mul__, lambda a: gb.mse(t, a), lambda a: gb.where(t > 0, t, a)):
+        with pytest.raises(ValueError, match="array has masked values, expected none"):
+            use(masked)
+    assert (t * np.ma.masked_array([1.0, 99.0])).numpy().tolist() == [1, 198]
+
+
+def test_what_is_no_number_is_in_no_tensor():
+    assert None not in gb.tensor([1.0]) and "a" not in gb.tensor([1.0]) and 1 in gb.tensor([1.0])

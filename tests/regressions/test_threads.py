@@ -72,6 +72,31 @@ def test_every_pairing_of_calls_in_two_threads_works_or_is_refused():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_a_call_sees_the_weights_of_one_moment():
+    sys.setswitchinterval(1e-6)
+    try:
+        x, model = np.random.default_rng(0).normal(size=(64, 4)), gb.mlp([4, *[8] * 6, 3]).initialize(0)
+        states = [model.state_dict(), {k: 2 * v + 1 for k, v in model.state_dict().items()}]
+        known, done = [], threading.Event()
+        for state in states:
+            model.load_state_dict(state)
+            known.append(model(x).numpy().tobytes())
+
+        def swap():
+            while not done.is_set():
+                for state in states:
+                    model.load_state_dict(state)
+
+        thread = threading.Thread(target=swap)
+        thread.start()
+        seen = {model(x).numpy().tobytes() for _ in range(500)}
+        done.set()
+        thread.join()
+        assert seen <= {*known}
+    finally:
+        sys.setswitchinterval(0.005)
+
+
 @pytest.fixture
 def trained_elsewhere(rng):
     """A trainer in whose callback another thread may act, and what that thread did."""

@@ -160,3 +160,16 @@ def test_other_gradients_keep_their_bits(row, dtype, rng):
             reads = {k: known[k] for k in formulas.free_names(*graph.values())}
             back.elementwise("backward", graph, reads, {"dx": dx}).run()
             np.testing.assert_array_equal(dx[good].view(np.uint8), wanted[good].view(np.uint8))
+
+
+@pytest.mark.parametrize("f", [gb.log, gb.log1p, gb.sqrt])
+def test_outside_of_its_domain_a_function_and_its_derivative_are_nan(f, device):
+    for value, slope in zip(*gradients(f, [-2.0, NAN, 3.0], device=device), strict=True):
+        assert np.isnan(value) == np.isnan(slope)
+
+
+def test_a_power_that_is_nan_has_two_derivatives_that_are(device):
+    y, da, db = gradients(gb.power, [-2.0, NAN, -2.0], [0.5, 1.0, 3.0], device=device)
+    np.testing.assert_array_equal(y, np.array([NAN, NAN, -8], "f"))
+    np.testing.assert_array_equal(da, np.array([NAN, NAN, 12], "f"))
+    np.testing.assert_array_equal(db, np.array([NAN, NAN, 0], "f"))
