@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from gpubackprop.checks import interval, whole
 from gpubackprop.columns import Columns, Grid, Shown
+from gpubackprop.data import check_same_length
 from gpubackprop.diagnostics import copied
 from gpubackprop.holdout import take
 from gpubackprop.optimizers import LBFGS, Optimizer
@@ -55,6 +56,7 @@ def lr_range_test(
     twin = copied(trainer, where)
     if isinstance(trainer.optimizer, LBFGS):
         raise ValueError(f"{where}: LBFGS searches for the length of its steps; there is no rate to test")
+    check_same_length(x, y, where)
     twin._data(x, y, "fit")  # says what is wrong with them, by their own rows and once
     low, high = interval(where, low, high, "> 0")
     updates, batch_size = whole(where, "updates", updates, 2), whole(where, "batch_size", batch_size)

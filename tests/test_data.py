@@ -240,7 +240,7 @@ def test_bools_are_labels():
 @pytest.mark.parametrize(
     ("y", "message"),
     [
-        ([[0], [1]], r"^fit: y has shape \(2, 1\), expected \(2,\), one label each; use y\.ravel\(\)$"),
+        ([[0], [1]], r"^fit: y has shape \(2, 1\), expected \(2,\), one label each; use np\.ravel\(y\)$"),
         (np.eye(3), r"^fit: y has shape \(3, 3\), expected \(3,\), one label each; use y\.argmax\(axis=1\)"),
         ([0, 3, 9], r"^fit: label 3 at row 1 is out of range, expected 0 to 2; number the classes with"),
         ([0, -1], "^fit: label -1 at row 1 is out of range, expected 0 to 2"),

@@ -291,7 +291,7 @@ BAD_WEIGHTS = {
     "all 0": (0 * ONES, ValueError, "the weights of all rows are 0; give a row that counts a weight above 0"),
     "too large": ([1, 1, 1, 1, 1, 2e30], ValueError, r"the largest weight is 2e\+30, expected 1e-30 to 1e\+30; scale"),
     "too small": (1e-31 * ONES, ValueError, r"the largest weight is 1e-31, expected 1e-30 to 1e\+30; scale the"),
-    "a column": (ONES[:, None], ValueError, r"sample_weight has shape \(6, 1\), .* use sample_weight.ravel\(\)"),
+    "a column": (ONES[:, None], ValueError, r"sample_weight has shape \(6, 1\), .* use np.ravel\(sample_weight\)"),
     "a matrix": (np.ones((6, 2)), ValueError, r"sample_weight has shape \(6, 2\), expected \(6,\), one weight each"),
     "a number": (2.0, TypeError, "sample_weight is a single value, expected rows"),
     "text": (list("aaaaaa"), TypeError, "sample_weight has dtype <U1, expected numbers"),

@@ -246,7 +246,7 @@ def test_arrays_of_another_type_are_refused(path):
         load_model(path)
 
 
-@pytest.mark.parametrize("names", ["ab", [1, 2], ["a"], {"a": 1}])
+@pytest.mark.parametrize("names", ["ab", [1, None], [[1], [2]], ["a"], {"a": 1}])
 def test_names_of_columns_that_are_none_of_the_models_are_refused(names, path):
     save_model(gb.Sequential(gb.Dense(2, 2)), path)
     rewrite(path, feature_names=names)
