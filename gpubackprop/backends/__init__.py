@@ -16,6 +16,8 @@ INSTALL = (
 )
 _backends: dict[str, Backend] = {}
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child must not find it held by a thread that it does not have
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def get_backend(device: str = "auto") -> Backend:
