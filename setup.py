@@ -1,7 +1,8 @@
 """What pyproject.toml cannot say: the folders that ship inside the package, and the optional native library.
 
-The library holds the formulas compiled for the host, once for each instruction set. Without a compiler the install
-succeeds and NumPy alone serves; with GPUBACKPROP_REQUIRE_NATIVE=1 that is an error.
+The library holds the formulas compiled for the host: for this machine's instruction set, or for each, as wheels for
+others need, with GPUBACKPROP_INSTRUCTION_SETS=all. Without a compiler the install succeeds and NumPy alone serves; with
+GPUBACKPROP_REQUIRE_NATIVE=1 that is an error.
 """
 
 import hashlib
@@ -9,8 +10,11 @@ import os
 import platform
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -70,12 +74,28 @@ class Package(build_py):
         return super().get_output_mapping() | self.shipped()
 
 
-class Build(build_ext):
-    """Writes the sources, then compiles them."""
+def instruction_sets() -> dict[str, list[str]]:
+    """By name the options of the compiler."""
+    known = {"base": []} | (GENERATOR.INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else {})
+    info = Path("/proc/cpuinfo")
+    if os.environ.get("GPUBACKPROP_INSTRUCTION_SETS") == "all" or not info.exists():
+        return known
+    best = GENERATOR.instruction_sets(info.read_text().split())[-1]
+    return {best: known[best]}
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.parallel = self.parallel or os.cpu_count()
+
+class Build(build_ext):
+    """Writes the sources, then compiles them, as many at a time as there are cores."""
+
+    def build_extensions(self) -> None:
+        one = self.compiler.compile
+
+        def compile(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor() as pool:
+                return [o for made in pool.map(lambda source: one([source], **options), sources) for o in made]
+
+        self.compiler.compile = compile
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -92,14 +112,15 @@ class Build(build_ext):
         for name, text in texts.items():
             (source := folder / f"{name}.cpp").write_text(text, encoding="utf-8")
             ext.sources.append(str(source))
+        begin, what = time.monotonic(), f"gpubackprop: the CPU kernels for {ext.name.rpartition('_')[2]}"
+        print(f"{what} are compiled, once", file=sys.stderr)
         super().build_extension(ext)
+        print(f"{what} took {time.monotonic() - begin:.0f} s", file=sys.stderr)
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []  # a plain library, not a module
 
 
-machine = platform.machine()
-sets = {"base": []} | (GENERATOR.INSTRUCTION_SETS if machine in ("x86_64", "AMD64") else {})
 setup(
     cmdclass={"build_py": Package, "build_ext": Build},
     ext_modules=[
@@ -108,6 +129,6 @@ setup(
             extra_compile_args=[*OPTIONS, *options], extra_link_args=["-pthread"],
             optional=os.environ.get("GPUBACKPROP_REQUIRE_NATIVE") != "1",
         )
-        for name, options in sets.items()
+        for name, options in instruction_sets().items()
     ],
 )  # fmt: skip

@@ -5,7 +5,7 @@ under a name made of the graph, however its arrays were called, so that nothing 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import product
@@ -16,18 +16,26 @@ from gpubackprop.backends.codegen import Columns, Kernel, Skeleton, Sum, kernels
 from gpubackprop.backends.cpp import sources, statements
 from gpubackprop.backends.skeletons import filled, skeleton
 
-__all__ = ["DTYPES", "INSTRUCTION_SETS", "Loop", "digest", "loop", "loops", "unit"]
+__all__ = ["DTYPES", "INSTRUCTION_SETS", "Loop", "digest", "instruction_sets", "loop", "loops", "unit"]
 
 DTYPES = ("float32", "float64")
-WRITTEN = ("gemm.cpp", "normalize.cpp", "softmax_cross_entropy.cpp", "step.cpp")  # by hand, of kernels/host
+# kernels/host has these written by hand
+WRITTEN = ("gemm.cpp", "limits.cpp", "normalize.cpp", "softmax_cross_entropy.cpp", "step.cpp")
 
 SLOW = {"exp", "expm1", "log", "log1p", "tanh", "sin", "cos", "pow"}  # functions of tens of operations
 
+TUNING = "-mprefer-vector-width=512"
 # x86-64: name -> what the compiler is told beside the baseline; the best that the machine has is loaded
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", TUNING],
 }
+
+
+def instruction_sets(features: Iterable[str]) -> list[str]:
+    """Those that a machine with these features has, the best last: "avx2", "AVX512F", … as the system or NumPy say."""
+    has = {f"-m{feature.lower()}" for feature in features}
+    return ["base", *(name for name, options in INSTRUCTION_SETS.items() if has >= {*options} - {TUNING})]
 
 
 @dataclass(frozen=True)

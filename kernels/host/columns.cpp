@@ -11,8 +11,10 @@ namespace gpubackprop {
 
 constexpr Index RUN = 32;
 
-template <typename Row>
-static inline void add_rows(const Index* extents, Index cost, const Row& row) {
+// row(job, at, count, partial) adds the `count` elements from `at` on to partial; the loop around it is compiled once.
+using Row = void (*)(const Index* job, Index at, Index count, R* partial);
+
+[[gnu::noinline]] static void add_rows(const Index* job, const Index* extents, Index cost, Row row) {
     R *sums = pointer<R>(extents[0]), *scratch = pointer<R>(extents[2]);
     double* const totals = pointer<double>(extents[1]);
     const Index members = extents[3], rows = extents[4], columns = extents[5], height = extents[6];
@@ -27,7 +29,7 @@ static inline void add_rows(const Index* extents, Index cost, const Row& row) {
             const bool begins = r == first;
             const Index end = r + RUN < last ? r + RUN : last;
             memset(partial, 0, size_t(columns) * sizeof(R));
-            for (; r < end; ++r) row((member * rows + r) * columns, columns, partial);
+            for (; r < end; ++r) row(job, (member * rows + r) * columns, columns, partial);
             LOOP for (Index c = 0; c < columns; ++c) total[c] = (begins ? 0.0 : total[c]) + double(partial[c]);
         }
     });
@@ -47,7 +49,7 @@ static inline void add_rows(const Index* extents, Index cost, const Row& row) {
 
 // $what
 KERNEL($name) {
-    add_rows(job + $arguments, $cost, [job](const Index at, const Index count, R* const partial) {
+    add_rows(job, job + $arguments, $cost, [](const Index* job, const Index at, const Index count, R* const partial) {
         $pointers
         LOOP for (Index i = 0; i < count; ++i) {
             $loads

@@ -6,17 +6,18 @@
 
 namespace gpubackprop {
 
-// run(at, column, count) over stretches that together are all the elements: those from `at` on, at which the arrays
-// broadcast over the rows stand at `column`.
-template <typename Run>
-static inline void stretches(const Index* extents, Index cost, const Run& run) {
+// run(job, at, column, count) over stretches that together are all the elements: those from `at` on, at which the arrays
+// broadcast over the rows stand at `column`. The loops around it are compiled once.
+using Run = void (*)(const Index* job, Index at, Index column, Index count);
+
+[[gnu::noinline]] static void stretches(const Index* job, const Index* extents, Index cost, Run run) {
     const Index size = extents[0], columns = extents[1], rows = extents[2];
     const auto part = [&](Index begin, Index end) {
-        if (columns == 0) return run(begin, Index(0), end - begin);
+        if (columns == 0) return run(job, begin, Index(0), end - begin);
         Index row = begin / columns, column = begin - row * columns;
         for (Index at = begin; at < end; ++row, column = 0) {
             const Index count = columns - column < end - at ? columns - column : end - at;
-            run(at, column + (rows > 0 ? row / rows * columns : 0), count);
+            run(job, at, column + (rows > 0 ? row / rows * columns : 0), count);
             at += count;
         }
     };
@@ -32,7 +33,7 @@ static inline void stretches(const Index* extents, Index cost, const Run& run) {
 
 // $what
 KERNEL($name) {
-    stretches(job + $arguments, $cost, [job](const Index at, const Index column, const Index count) {
+    stretches(job, job + $arguments, $cost, [](const Index* job, const Index at, const Index column, const Index count) {
         $pointers
         LOOP for (Index i = 0; i < count; ++i) {
             $loads

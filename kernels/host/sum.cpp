@@ -8,12 +8,14 @@
 
 namespace gpubackprop {
 
-template <typename Part>
-static inline void add_up(const Index* rest, Index cost, const Part& part) {
+// part(job, at, count) is the sum of the `count` elements from `at` on; the loops around it are compiled once.
+using Part = R (*)(const Index* job, Index at, Index count);
+
+[[gnu::noinline]] static void add_up(const Index* job, const Index* rest, Index cost, Part part) {
     R* const partials = pointer<R>(rest[1]);
     const Index size = rest[5], pieces = (size + GRAIN - 1) / GRAIN;
     each(pieces, worth(size, cost), [&](Index i) {
-        partials[i] = part(i * GRAIN, (i + 1) * GRAIN < size ? GRAIN : size - i * GRAIN);
+        partials[i] = part(job, i * GRAIN, (i + 1) * GRAIN < size ? GRAIN : size - i * GRAIN);
     });
     const R total = sum_of(partials, pieces);
     *pointer<R>(rest[0]) = total;
@@ -42,7 +44,7 @@ static inline R sum_rows(const R* x, Index columns, Index first, Index count, co
 
 // $what
 KERNEL($name) {
-    add_up(job + $arguments, $cost, [job](const Index at, const Index count) {
+    add_up(job, job + $arguments, $cost, [](const Index* job, const Index at, const Index count) {
         $pointers
         return $sum_up {
             $loads
