@@ -19,8 +19,9 @@ from .cases import chosen
 from .cuda import ARCHITECTURES, CompileError
 from .inventory import inventory
 from .ledger import COLUMNS, PATH, Ledger, Measured, measured, tools, value_for, violations
+from .measure import limits
 from .plot import plot as pictures
-from .report import circumstances, columns_of, compared, duration, hardware, read, scaling, table, write
+from .report import circumstances, columns_of, compared, duration, hardware, read, scaling, shares, table, write
 from .rounds import Figures, contenders, disagreement, measure
 
 
@@ -55,8 +56,8 @@ def run(
 ) -> None:
     """Time cases on this library and on others, each in a process of its own, in turn.
 
-    What all compute is compared first. A case is one of the groups train, predict, update, kernel, import, shell and
-    scaling, or a name in them, as "train 784-128-10 (64)"; all but scaling if none is given.
+    What all compute is compared first. A case is one of the groups train, predict, update, kernel, import, shell,
+    busy and scaling, or a name in them, as "train 784-128-10 (64)"; all but busy and scaling if none is given.
     """
     try:
         cases = chosen(patterns)
@@ -71,14 +72,15 @@ def run(
         raise click.UsageError(str(error)) from None
     figures: list[Figures] = []
     wrong: list[str] = []
-    click.echo(f"{hardware(circumstances())}\n")
+    most = limits()
+    click.echo(f"{hardware(circumstances())}; {most}\n")
     try:
         for case in cases:
             found = measure(case, among, repeats, smoke=smoke)
             figures += found
             wrong += disagreement(case, found)
-            click.echo("\n".join([*table(found), ""]))
-        for line in scaling(figures, backends[0]):
+            click.echo("\n".join([*table(found, most), ""]))
+        for line in (*scaling(figures, backends[0]), *shares(figures)):
             click.echo(line)
     finally:  # after Ctrl-C too: the cases that are done
         if path and figures:

@@ -12,7 +12,20 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CASES", "GROUPS", "KERNELS", "Case", "Import", "Kernel", "Predict", "Shell", "Train", "Update", "chosen"]
+__all__ = [
+    "CASES",
+    "GROUPS",
+    "KERNELS",
+    "Busy",
+    "Case",
+    "Import",
+    "Kernel",
+    "Predict",
+    "Shell",
+    "Train",
+    "Update",
+    "chosen",
+]
 
 Array = npt.NDArray[Any]
 ROWS = 1024  # that a forward pass takes at once
@@ -30,6 +43,9 @@ class Case:
     group: ClassVar[str]
     unit: ClassVar[str]
     rtol: ClassVar[float] = 1e-3  # within which peers must agree, relative to the largest figure
+    # without annotations: cases of some groups make them fields
+    beside = 0  # processes that do nothing but run, while it is timed
+    at_once = 1  # processes that do it side by side
 
     @property
     def name(self) -> str:
@@ -122,6 +138,25 @@ class Scaling(Train):
     @property
     def name(self) -> str:
         return f"{self.group} {self.axis} {self.value}"
+
+
+@dataclass(frozen=True)
+class Busy(Train):
+    """A training step on a machine that is not idle: beside busy processes, or in fits at once, the slowest of them."""
+
+    beside: int = 0
+    at_once: int = 1
+    group: ClassVar[str] = "busy"
+
+    @property
+    def alone(self) -> str:
+        """The name of the same step with the machine to itself."""
+        return f"{self.group} {self.shape} ({self.batch})"
+
+    @property
+    def name(self) -> str:
+        more = f" beside {self.beside}" if self.beside else f", {self.at_once} at once" if self.at_once > 1 else ""
+        return self.alone + more
 
 
 @dataclass(frozen=True)
@@ -252,12 +287,14 @@ class Shell(Network):
 
     batch: int
     epochs: int
+    beside: int = 0
     group: ClassVar[str] = "shell"
     unit: ClassVar[str] = "process"
 
     @property
     def name(self) -> str:
-        return f"{self.group} digits {self.shape} ({self.epochs} epochs)"
+        more = f" beside {self.beside}" if self.beside else ""
+        return f"{self.group} digits {self.shape} ({self.epochs} epochs){more}"
 
 
 def _scaling() -> Iterable[Scaling]:
@@ -271,6 +308,13 @@ def _scaling() -> Iterable[Scaling]:
         yield Scaling((128, 128, 10), 64, axis="samples", value=n, steps=n // 64, epochs=2)
 
 
+def _busy() -> Iterable[Busy]:
+    for sizes in ((784, 256, 10), (64, 256, 10)):
+        case = Busy(sizes, 64, steps=60_000 // sizes[0], epochs=4)
+        yield from (replace(case, beside=n) for n in (0, 1, 2, 4))
+        yield replace(case, at_once=2)
+
+
 _LARGE = (Train((784, 512, 512, 10), 128), Train((256, 1024, 1024, 1024, 256), 1024, steps=8, epochs=2))
 CASES: dict[str, Case] = {case.name: case for case in (
     Train((64, 64, 64, 10), 32, steps=500), Train((784, 128, 10), 64, steps=100), *_LARGE,
@@ -278,18 +322,18 @@ CASES: dict[str, Case] = {case.name: case for case in (
     Predict((784, 512, 512, 10), 100_000), Predict((64, 128, 10), 1_797), Predict((64, 128, 10), 1),
     *(Update(rule, n) for rule in Update.MOMENTS for n in (10_000, 1_000_000)),
     *(Kernel(name, rows, columns) for name in KERNELS for rows, columns in ((128, 512), (4096, 1024))),
-    Import(), Shell((64, 128, 10), 64, 30), *_scaling(),
+    Import(), Shell((64, 128, 10), 64, 30), *_busy(), Shell((64, 128, 10), 64, 30, beside=2), *_scaling(),
 )}  # fmt: skip
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES.values()))
 
 
 def chosen(patterns: Iterable[str]) -> list[Case]:
-    """Cases by name, group, or a pattern with * of names; all but the scaling ones where nothing is asked for.
+    """Cases by name, group, or a pattern with * of names; all but scaling and busy ones where nothing is asked for.
 
     ValueError for what no case is called.
     """
     if not (patterns := list(patterns)):
-        return [case for case in CASES.values() if case.group != "scaling"]
+        return [case for case in CASES.values() if case.group not in ("scaling", "busy") and not case.beside]
     found: dict[str, Case] = {}
     for pattern in patterns:
         names = [n for n, c in CASES.items() if pattern in (n, c.group) or fnmatch.fnmatchcase(n, pattern)]

@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 
 import gpubackprop as gb
-from gpubackprop.backends.native import cores, library, why_not_native
+from gpubackprop.backends.native import library, why_not_native
+from gpubackprop.backends.threads import get_threads
 from gpubackprop.checkpoint import write_file
 from gpubackprop.installation import nvidia_driver
 
-from .cases import CASES, Scaling
-from .measure import median_and_spread
+from .cases import CASES, Busy, Scaling
+from .measure import Limits, median_and_spread
 from .peers.gpubackprop import resident
 from .rounds import Figures
 
 __all__ = [
-    "along", "circumstances", "columns_of", "compared", "duration", "hardware", "read", "scaling", "table", "write",
+    "along", "circumstances", "columns_of", "compared", "duration", "hardware", "read", "scaling", "shares", "table",
+    "write",
 ]  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def duration(seconds: float) -> str:
     return f"{value:.{max(0, 2 - int(np.floor(np.log10(max(abs(value), 1e-3)))))}f} {unit}"
 
 
-def table(found: Sequence[Figures]) -> Iterator[str]:
+def table(found: Sequence[Figures], most: Limits | None = None) -> Iterator[str]:
     """A case's figures in columns: the time of a unit, how it compares, and how near it comes to what is possible."""
     taken = [f for f in found if f.seconds]
     if not taken:
@@ -53,6 +55,7 @@ def table(found: Sequence[Figures]) -> Iterator[str]:
         "× products": lambda f: f"{f.median / floor.median:.2f}" if floor else "",
         "GFLOP/s": lambda f: f"{f.flops / f.median / 1e9:.1f}" if f.flops else "",
         "GB/s": lambda f: f"{f.bytes / f.median / 1e9:.1f}" if f.bytes else "",
+        "of the limit": lambda f: f"{share:.0%}" if most and (share := most.share(f.flops, f.bytes, f.median)) else "",
         "memory": lambda f: f"{f.memory / 1e6:.0f} MB" if f.memory else "",
     }
     filled = {head: cells for head, of in columns.items() if any(cells := [of(f) for f in taken])}
@@ -86,6 +89,21 @@ def scaling(found: Sequence[Figures], device: str) -> Iterator[str]:
             before = cost, amount
         yield from columns_of(rows)
         yield ""
+
+
+def shares(found: Iterable[Figures]) -> Iterator[str]:
+    """What each step beside others took, in units of what it takes alone, and of a fair share of the cores."""
+    cases = [(case, f) for f in found if f.seconds and isinstance(case := CASES.get(f.case), Busy)]
+    alone = {(case.name, f.contender): f for case, f in cases}
+    cores = os.cpu_count() or 1
+    rows = [["case", "contender", "a step", "× alone", "a fair share"]]
+    for case, f in cases:
+        if (quiet := alone.get((case.alone, f.contender))) is None or quiet is f:
+            continue
+        fair = max(1.0, (case.beside + cores * case.at_once) / cores)  # for a fit on as many threads as cores
+        rows.append([case.name, f.contender, duration(f.median), f"{f.median / quiet.median:.2f}", f"{fair:.2f}"])
+    if len(rows) > 1:
+        yield from columns_of(rows, left=2)
 
 
 def compared(before: Sequence[Figures], after: Sequence[Figures], *, alike: bool = True) -> Iterator[str]:
@@ -128,7 +146,7 @@ def circumstances() -> dict[str, Any]:
         blas = None
     return {
         "gpubackprop": gb.__version__, "commit": commit, "numpy": np.__version__, "python": platform.python_version(),
-        "cpu kernels": why_not_native() or f"{library().instructions}, {cores()} cores",
+        "cpu kernels": why_not_native() or f"{library().instructions}, {get_threads()} threads",
         "machine": f"{_processor()}, {os.cpu_count()} cores", "gpu": str(nvidia_driver() or "no NVIDIA driver"),
         "blas": blas,
         "date": datetime.now(UTC).isoformat("T", "seconds"),

@@ -135,18 +135,33 @@ class _Process:
         self._said.seek(0)
         raise ChildProcessError(last_words(self._said.read(), self._process.returncode))
 
-    def measure(self) -> dict[str, Any]:
-        """One measurement."""
+    def begin(self) -> None:
+        """Take a measurement, which is the next answer."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # then there is no answer either
             self._process.stdin.write("go\n")
-        return self.answer()
+
+
+@contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Inside, so many processes do nothing but run, each in a session of its own: some systems share cores by group."""
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) for _ in range(processes)]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
 def measure(case: Case, among: Iterable[Contender], repeats: int, *, smoke: bool = False) -> list[Figures]:
     """The figures of all contenders that can do the case, or why there are none; every round takes them in turn."""
     found: list[Figures] = []
-    running: list[tuple[Figures, _Process, int]] = []
+    running: list[tuple[Figures, list[_Process], int]] = []
     size, name = (case.smoke(), f"{case.name}, smoke") if smoke else (case, case.name)
     with ExitStack() as stack:
         for contender in among:
@@ -157,21 +172,23 @@ def measure(case: Case, among: Iterable[Contender], repeats: int, *, smoke: bool
             if missing := contender.peer.missing:
                 figures.absent = f"not installed: {missing}"
                 continue
-            process = stack.enter_context(_Process(contender, case, smoke))
+            processes = [stack.enter_context(_Process(contender, case, smoke)) for _ in range(case.at_once)]
             with _noted(figures):
-                first = process.answer()
+                first, *_ = [process.answer() for process in processes]
                 if "cannot" in first:
                     found.remove(figures)
                     continue
                 figures.versions, figures.check = first["versions"], first["check"]
-                running.append((figures, process, first["units"]))
+                running.append((figures, processes, first["units"]))
         for _ in range(repeats):
-            for figures, process, units in running:
+            for figures, processes, units in running:
                 if figures.absent:
                     continue
                 time.sleep(PAUSE)
-                with _noted(figures):
-                    answer = process.measure()
+                with _noted(figures), busy(case.beside):
+                    for process in processes:
+                        process.begin()
+                    answer = max((process.answer() for process in processes), key=lambda a: float(a["seconds"]))
                     figures.memory = answer["memory"]
                     figures.seconds.append(answer["seconds"] / units)
                     if "device_seconds" in answer:

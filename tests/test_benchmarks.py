@@ -1,6 +1,7 @@
 """The benchmark suite at tiny sizes: it runs, its contenders compute the same, and what it prints and stores holds."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import gpubackprop as gb
 from benchmarks.__main__ import main
 from benchmarks.breakeven import cells
 from benchmarks.cases import CASES, GROUPS, Case, chosen
-from benchmarks.measure import median_and_spread, timed
+from benchmarks.measure import limits, median_and_spread, timed
 from benchmarks.peers import PEERS, Prepared, prepare
-from benchmarks.report import circumstances, compared, duration, read, scaling, table, write
-from benchmarks.rounds import Contender, Figures, contenders, disagreement, measure
+from benchmarks.report import circumstances, compared, duration, read, scaling, shares, table, write
+from benchmarks.rounds import Contender, Figures, busy, contenders, disagreement, measure
 from gpubackprop.backends import why_not_cuda
 
 TRAIN = "train 64-64-64-10 (32)"
@@ -67,6 +68,28 @@ def test_peers_compute_the_same(peer):
         assert list(disagreement(CASES[case], found)) == []
 
 
+def test_a_step_beside_others_is_set_against_one_alone():
+    """Figures of both, and the ratio; the busy processes are gone afterwards."""
+    names = ["busy 64-256-10 (64)", "busy 64-256-10 (64) beside 1", "busy 64-256-10 (64), 2 at once"]
+    found = [f for name in names for f in measure(CASES[name], contenders([], ["cpu"])[:1], 2, smoke=True)]
+    assert [len(f.seconds) for f in found] == [2, 2, 2] and not any(f.absent for f in found)
+    full = [replace(f, case=name) for f, name in zip(found, names, strict=True)]
+    head, *rows = shares(full)
+    assert head.split() == ["case", "contender", "a", "step", "×", "alone", "a", "fair", "share"]
+    assert [row.startswith(name) for row, name in zip(rows, names[1:], strict=True)] == [True, True]
+    with busy(2):
+        pass
+    assert not subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "while True: pass"], capture_output=True).stdout
+
+
+def test_the_limits_of_the_machine_are_positive_and_shares_of_them_below_one():
+    most = limits(rounds=3)
+    assert 1e9 < most.bytes < 1e13 and (most.flops == 0 or 1e9 < most.flops < 1e15)
+    a = np.ones((512, 512), np.float32)
+    seconds = min(timed(lambda: a @ a)["seconds"] for _ in range(5))
+    assert 0 <= most.share(2 * 512**3, 0, seconds) < 1.2 and f"{most.bytes / 1e9:.1f} GB/s copied" in str(most)
+
+
 def test_work_is_counted():
     case = CASES["train 784-512-512-10 (128)"]
     products = [(784, 512, 2), (512, 512, 3), (512, 10, 3)]
@@ -80,7 +103,8 @@ def test_cases_are_chosen_by_name_group_and_pattern():
     assert chosen([TRAIN]) == [CASES[TRAIN]]
     assert {c.group for c in chosen(["update", "import"])} == {"update", "import"}
     assert chosen(["*gelu*"]) == [c for n, c in CASES.items() if "gelu" in n]
-    assert {c.group for c in chosen([])} == {*GROUPS} - {"scaling"}
+    assert {c.group for c in chosen([])} == {*GROUPS} - {"scaling", "busy"}
+    assert not any(c.beside for c in chosen([]))
     with pytest.raises(ValueError, match="no case 'trian'; choose from train, predict"):
         chosen(["trian"])
 

@@ -57,7 +57,7 @@ class Peer:
 
 
 PACKAGES = {"sklearn": "scikit-learn"}  # modules whose package has another name
-_EVERYTHING = ("train", "scaling", "predict", "update", "kernel", "import", "shell")
+_EVERYTHING = ("train", "scaling", "busy", "predict", "update", "kernel", "import", "shell")
 PEERS = {
     peer.name: peer
     for peer in (
@@ -68,7 +68,7 @@ PEERS = {
              {"compile": ("train", "scaling", "predict", "kernel")}),
         Peer("jax", ("jax",), ("train", "scaling", "predict", "update", "kernel", "import"), ("step", "scan"),
              {"scan": ("train", "scaling")}),
-        Peer("sklearn", ("sklearn",), ("train", "predict", "import", "shell")),
+        Peer("sklearn", ("sklearn",), ("train", "busy", "predict", "import", "shell")),
         Peer("onnxruntime", ("onnxruntime", "onnx"), ("predict", "import")),
     )
 }  # fmt: skip
@@ -130,7 +130,7 @@ def flat(arrays: Iterable[Any]) -> list[float]:
 
 def prepare(peer: str, variant: str, case: Case) -> Prepared | None:
     """What the peer does for the case; None if it cannot."""
-    group = {"scaling": "train", "import": "start"}.get(case.group, case.group)
+    group = {"scaling": "train", "busy": "train", "import": "start"}.get(case.group, case.group)
     function = getattr(import_module(f"{__name__}.{peer}"), group, None)
     prepared: Prepared | None = function(case, variant) if function else None
     return prepared
