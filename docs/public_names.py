@@ -27,7 +27,7 @@ GROUPS = {
                   "cos tanh sigmoid relu softmax log_softmax logsumexp sum mean max min matmul dense dropout noise "
                   "batch_norm layer_norm reshape transpose broadcast_to concatenate stack gather",
     "Losses": "softmax_cross_entropy bce_with_logits bce_with_logits_sum mse half_mse sse half_sse poisson poisson_sum",
-    "Files and devices": "save_model load_model get_backend",
+    "Files and devices": "save_model load_model get_backend get_threads set_threads threads",
     "Estimators for scikit-learn": "sklearn.MLPClassifier+ sklearn.MLPRegressor+",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gpubackprop import datasets, initializers
 from gpubackprop.arena import Parameter
 from gpubackprop.backends import get_backend
+from gpubackprop.backends.threads import get_threads, set_threads, threads
 from gpubackprop.callbacks import EarlyStopping
 from gpubackprop.checkpoint import load_model, save_model
 from gpubackprop.formulas import register_activation
@@ -117,14 +118,14 @@ __all__ = [
     "Plan", "RAdam", "RMSprop", "Residual", "Scaler", "Sequential", "Tensor", "Trainer", "TrainingDiverged", "abs",
     "add", "batch_norm", "bce_with_logits", "bce_with_logits_sum", "broadcast_to", "clip", "concatenate", "cos",
     "datasets", "dense", "descend", "divide", "dropout", "exp", "explain_weight", "expm1", "find_nan", "gather",
-    "get_backend", "gradcheck", "gradient_report", "grid_points", "grid_search", "half_mse", "half_sse",
+    "get_backend", "get_threads", "gradcheck", "gradient_report", "grid_points", "grid_search", "half_mse", "half_sse",
     "hessian_vector_product", "initializers", "lab", "landscape", "layer_norm", "layer_stats", "learning_curve",
     "load_model", "log", "log1p", "log_softmax", "logsumexp", "loss_of_weights", "lr_range_test", "lsuv", "matmul",
     "max", "maximum", "mean", "min", "minimum", "mlp", "mse", "multiply", "neg", "noise", "plot", "poisson",
     "poisson_sum", "power", "prune", "race", "random_search", "register_activation", "relu", "reshape", "rewind",
-    "save_model", "schedules", "sensitivity", "shrink", "sigmoid", "sin", "softmax", "softmax_cross_entropy", "split",
-    "sqrt", "sse", "stack", "subtract", "sum", "surface", "tanh", "tensor", "training", "transpose", "value_and_grad",
-    "where",
+    "save_model", "schedules", "sensitivity", "set_threads", "shrink", "sigmoid", "sin", "softmax",
+    "softmax_cross_entropy", "split", "sqrt", "sse", "stack", "subtract", "sum", "surface", "tanh", "tensor", "threads",
+    "training", "transpose", "value_and_grad", "where",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpubackprop.backends.threads import one_blas_thread
 from gpubackprop.names import unknown
 
 __all__ = ["INITIALIZERS", "Constant", "Orthogonal", "draw", "resolve"]
@@ -65,7 +66,8 @@ class Orthogonal:
             raise ValueError(f"orthogonal: shape {shape} is not a matrix's; draw a vector from another initializer")
         *members, rows, columns = shape
         tall = generator.standard_normal((*members, max(rows, columns), min(rows, columns)))
-        q, r = np.linalg.qr(tall)
+        with one_blas_thread():
+            q, r = np.linalg.qr(tall)
         # The signs that R's diagonal has are LAPACK's habit; with those of a Gaussian's no direction is preferred
         # (Mezzadri, "How to generate random matrices from the classical compact groups").
         q *= self.gain * np.copysign(1, np.diagonal(r, axis1=-2, axis2=-1))[..., None, :]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from gpubackprop import __version__
-from gpubackprop.backends import native, nvrtc, why_not_cuda
+from gpubackprop.backends import blas, native, nvrtc, why_not_cuda
+from gpubackprop.backends.threads import get_threads
 
 __all__ = ["NvidiaDriver", "installed", "nvidia_driver", "versions"]
 
@@ -60,21 +61,31 @@ def nvidia_driver() -> NvidiaDriver | None:
     return NvidiaDriver(f"{newest // 1000}.{newest % 1000 // 10}", tuple(gpus))
 
 
+def _products() -> str:
+    """Who computes products of matrices on the CPU, in how many threads."""
+    own = None if native.why_not_native() else blas.blas()
+    if own is None or own.routine("gemm", np.dtype(np.float32)) is None:
+        return "NumPy, in as many threads as its BLAS takes"
+    name = own.name or "NumPy's BLAS"
+    return f"{name}, {'a block in a thread of ours' if own.threads else 'in as many threads as it takes'}"
+
+
 def versions() -> list[tuple[str, str]]:
     """Versions and devices, in labelled lines."""
     built: Any = np.show_config(mode="dicts") or {}
-    blas = built.get("Build Dependencies", {}).get("blas", {})
+    linked = built.get("Build Dependencies", {}).get("blas", {})
     try:
         compiler = f"NVRTC {nvrtc.version()}"
     except (ImportError, OSError):
         compiler = "not installed"
     reason, missing = why_not_cuda(), native.why_not_native()
-    kernels = f"not in use: {missing}" if missing else f"{native.library().instructions}, {native.cores()} cores"
+    kernels = f"not in use: {missing}" if missing else f"{native.library().instructions}, {get_threads()} threads"
     return [
         ("gpubackprop", f"{__version__}, {Path(__file__).parent}"),
         ("Python", f"{platform.python_version()}, {platform.platform()}, {os.cpu_count()} CPU cores"),
-        ("NumPy", f"{np.__version__}, BLAS: {blas.get('name', 'unknown')} {blas.get('version', '')}".rstrip()),
+        ("NumPy", f"{np.__version__}, BLAS: {linked.get('name', 'unknown')} {linked.get('version', '')}".rstrip()),
         ("CPU kernels", kernels),
+        ("CPU products", _products()),
         *((package, installed(package).removeprefix(f"{package} ")) for package in ("click", "tqdm", "safetensors")),
         ("driver", str(nvidia_driver() or "no NVIDIA driver")),
         ("CuPy", installed(*CUPY)),

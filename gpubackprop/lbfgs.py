@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpubackprop.arena import Arena, Parameter
+from gpubackprop.backends.threads import one_blas_thread
 from gpubackprop.moments import HostMoments, Moments
 from gpubackprop.optimizers import LBFGS
 from gpubackprop.plan import Plan
@@ -97,6 +98,7 @@ class SearchStep(Step):
     _here: Point | None = None  # where the last step ended
     _last: Point | None = None  # where the loss was last evaluated, in this one
 
+    @one_blas_thread()
     def run(self, first: bool = True, last: bool = True) -> None:
         if not self._ready:
             self._runs += 1

@@ -17,9 +17,11 @@ import pytest
 import gpubackprop as gb
 from gpubackprop import formulas, parity
 from gpubackprop.backends import get_backend, host, native
+from gpubackprop.backends.blas import PRODUCTS, blas
 from gpubackprop.backends.host import loop, loops
 from gpubackprop.backends.native import Job, Library, NativeBackend, available, why_not_native
 from gpubackprop.backends.numpy import NumpyBackend, calls_of
+from gpubackprop.backends.threads import default_threads
 
 REQUIRED = os.environ.get("GPUBACKPROP_REQUIRE_NATIVE") == "1"
 pytestmark = pytest.mark.skipif(not REQUIRED and why_not_native() is not None, reason=f"no library: {why_not_native()}")
@@ -86,17 +88,17 @@ def compiled(launch):
 )
 @pytest.mark.parametrize("activation", formulas.ACTIVATIONS)
 def test_a_training_step_is_one_call(activation, optimizer, monkeypatch):
-    for products in (native.PRODUCTS, ()):  # NumPy's BLAS known, and not
-        monkeypatch.setattr(native, "PRODUCTS", products)
-        native.blas_product.cache_clear()
+    for products in (PRODUCTS, ()):  # NumPy's BLAS known, and not
+        monkeypatch.setattr("gpubackprop.backends.blas.PRODUCTS", products)
+        blas.cache_clear()
         for loss, units, dropout in (("cross_entropy", 3, 0.2), ("mse", 1, 0.0), ("bce", 2, 0.0)):
             model = gb.mlp([5, 8, units], activation, dropout=dropout)
             trainer = gb.Trainer(model, loss, optimizer, device="cpu", seed=0, clip_norm=1.0, metrics=[])
             plan = trainer.plan(batch_size=4)
             left = {n.name for n in plan.launches if not compiled(n)}
-            assert left == (set() if native.blas_product(np.dtype("f")) else {"gemm"}), (activation, loss)
+            assert left == (set() if blas().routine("gemm", np.dtype("f")) else {"gemm"}), (activation, loss)
             assert isinstance(plan.backend.sequence(plan.launches), Job) == (not left)
-    native.blas_product.cache_clear()
+    blas.cache_clear()
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -110,7 +112,7 @@ def test_a_step_of_weighted_rows_is_one_call(loss, units, rows):
 @pytest.mark.parametrize("shape", [(32, 64, 48), (7, 65, 3), (1, 40, 9), (40, 1, 9), (40, 9, 1), (130, 300, 70)])
 def test_products_are_those_of_numpy(shape, dtype, rng):
     """The same function of the same BLAS, bit for bit where NumPy takes gemm too."""
-    assert not REQUIRED or native.blas_product(np.dtype(dtype))
+    assert not REQUIRED or blas().routine("gemm", np.dtype(dtype))
     (m, k, n), back = shape, get_backend("cpu")
     for first, second in itertools.product((False, True), repeat=2):
         a = rng.normal(size=(k, m) if first else (m, k)).astype(dtype)
@@ -123,7 +125,7 @@ def test_products_are_those_of_numpy(shape, dtype, rng):
             np.testing.assert_allclose(out, expected, rtol=64 * np.finfo(dtype).eps, atol=64 * np.finfo(dtype).eps)
         else:
             np.testing.assert_array_equal(out, expected)
-        assert compiled(launch) == (native.blas_product(np.dtype(dtype)) is not None)
+        assert compiled(launch) == (blas().routine("gemm", np.dtype(dtype)) is not None)
 
 
 def test_products_over_an_operand_are_those_of_numpy(rng):
@@ -183,7 +185,7 @@ def test_launches_that_follow_each_other_become_one_call():
 def everything(library_, cores):
     """Bits of large launches of every skeleton, on so many cores."""
     made = NativeBackend(library_)
-    library_.use_cores(cores)
+    library_.set_threads(cores)
     bits = []
     for name in (
         "tanh",
@@ -208,7 +210,7 @@ def test_bits_do_not_depend_on_the_number_of_cores():
         for cores in (2, 3, 5, 2):
             assert everything(shared, cores) == first
     finally:
-        shared.use_cores(native.cores())
+        shared.set_threads(default_threads())
 
 
 def big(seed):
@@ -235,7 +237,7 @@ def test_a_forked_child_has_a_pool_of_its_own():
 import os, warnings
 warnings.simplefilter("ignore")
 import test_native as t
-t.native.library().use_cores(3)
+t.native.library().set_threads(3)
 assert t.big(0)
 children = []
 for i in range(3):
@@ -257,28 +259,28 @@ assert t.big(9)
 @pytest.mark.parametrize("wish, expected", [("3", 3), ("0", 1), ("", None)])
 def test_the_number_of_cores_is_a_number(wish, expected, monkeypatch):
     monkeypatch.delenv("GPUBACKPROP_THREADS", raising=False)
-    default = native.cores()
+    default = default_threads()
     monkeypatch.setenv("GPUBACKPROP_THREADS", wish)
-    assert native.cores() == (expected or default)
+    assert default_threads() == (expected or default)
 
 
 @pytest.mark.parametrize("wish", ["²", "many", "-1", "1.5", "1e3", "1000000", "9" * 5000])
 def test_a_number_of_cores_that_is_none_or_too_many_is_bounded_and_said(wish, monkeypatch):
     """A million would start all the threads that the system gives."""
     monkeypatch.delenv("GPUBACKPROP_THREADS", raising=False)
-    default, most = native.cores(), 4 * os.cpu_count()
+    default, most = default_threads(), 4 * os.cpu_count()
     monkeypatch.setenv("GPUBACKPROP_THREADS", wish)
     with pytest.warns(
         RuntimeWarning, match=rf"^GPUBACKPROP_THREADS is .*, expected an integer from 1 to {most}, four"
     ) as w:
-        assert native.cores() == (most if wish.isdecimal() else default)
+        assert default_threads() == (most if wish.isdecimal() else default)
     assert len(str(w[0].message)) < 300
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch):
     monkeypatch.setattr(host, "digest", lambda: "of another version")
     with pytest.raises(RuntimeError, match="was made of other sources; build it with a C"):
-        Library("base")
+        Library(available()[-1])
 
 
 def test_without_the_library_numpy_serves_unless_it_is_required(monkeypatch, caplog):
@@ -312,7 +314,7 @@ def pool_program(folder, text, *options):
 def test_the_pool_has_no_race(tmp_path):
     """Under ThreadSanitizer, with callers from several threads."""
     text = """
-    gpubackprop_use_cores(4);
+    gpubackprop_set_threads(4);
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 3; ++caller) callers.emplace_back([] {
         for (int round = 0; round < 200; ++round) {
@@ -332,37 +334,11 @@ def test_where_threads_run_out_those_that_are_there_do_the_work(tmp_path):
     const rlimit none{1, 1};
     setrlimit(RLIMIT_NPROC, &none);
     if (getuid() == 0 && setuid(65534) != 0) abort();  // root's threads are not counted
-    gpubackprop_use_cores(8);
+    gpubackprop_set_threads(8);
     std::atomic<int> done{0};
     for (int round = 0; round < 3; ++round) gpubackprop::each(50, true, [&](long long) { ++done; });
     if (done != 150) abort();"""
     done = pool_program(tmp_path, text, "-include", "sys/resource.h", "-include", "unistd.h")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.skipif(shutil.which("g++") is None or not hasattr(os, "sched_getaffinity"), reason="no g++, or not Linux")
-def test_helpers_stay_off_the_callers_core(tmp_path):
-    """Where BLAS's threads spin on the other cores, a helper on the caller's would wait until the caller is done."""
-    cores = sorted(os.sched_getaffinity(0))
-    text = f"""
-    gpubackprop_use_cores({len(cores)});
-    const auto caller = pthread_self();
-    gpubackprop::each(2, true, [](long long) {{}});  // threads of all cores, before the caller has but one
-    std::atomic<int> helped{{0}};
-    for (int core : {{{", ".join(map(str, cores))}}}) {{
-        cpu_set_t set;
-        CPU_ZERO(&set);
-        CPU_SET(core, &set);
-        pthread_setaffinity_np(caller, sizeof set, &set);
-        for (int round = 0; round < 50; ++round) gpubackprop::each(200, true, [&](long long) {{
-            for (volatile int i = 0; i < 5000; ++i) {{}}
-            if (pthread_equal(pthread_self(), caller)) return;
-            ++helped;
-            if (sched_getcpu() == core) abort();
-        }});
-    }}
-    if (helped == 0 && {len(cores)} > 1) abort();"""
-    done = pool_program(tmp_path, text)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,9 +9,8 @@ import importlib.machinery
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ import numpy.typing as npt
 
 from gpubackprop.backends import host
 from gpubackprop.backends.base import GROWTH_STEPS, Graph, Launch, StepTable, Tally, one_per_row, owned
+from gpubackprop.backends.blas import blas, blocks
 from gpubackprop.backends.numpy import Calls, NumpyBackend, calls_of
 from gpubackprop.backends.numpy_state import NumpyStepTable, NumpyTally
-from gpubackprop.formulas import KEPT, cut, describe, name
+from gpubackprop.backends.threads import default_threads
+from gpubackprop.formulas import KEPT, describe, name
 
-__all__ = ["Library", "NativeBackend", "available", "blas_product", "cores", "library", "why_not_native"]
+__all__ = ["Library", "NativeBackend", "available", "library", "why_not_native"]
 
 Array = npt.NDArray[Any]
 Call = Callable[[], object]
@@ -50,20 +51,34 @@ class Library:
         self._loaded = ctypes.CDLL(str(path))
         if self._text("gpubackprop_digest") != host.digest():
             raise RuntimeError(f"{path.name} was made of other sources; {REBUILD}")
-        self.best = self._text("gpubackprop_instruction_set")
         self._run = self._function("gpubackprop_run", ctypes.c_void_p, ctypes.c_longlong)
-        self.use_cores = self._function("gpubackprop_use_cores", ctypes.c_int)
-        self.use_cores(cores())
+        self.set_threads = self._function("gpubackprop_set_threads", ctypes.c_int)
+        self.set_threads_here = self._function("gpubackprop_set_threads_here", ctypes.c_int, result=ctypes.c_int)
+        self.get_threads = self._function("gpubackprop_get_threads", result=ctypes.c_int)
+        self._enter_blas = self._function("gpubackprop_enter_blas")
+        self._leave_blas = self._function("gpubackprop_leave_blas")
+        self.set_threads(default_threads())
+        if (functions := blas().threads) is not None:
+            self._function("gpubackprop_use_blas", ctypes.c_void_p, ctypes.c_void_p)(*functions)
 
     def _text(self, name: str) -> str:
         function = getattr(self._loaded, name)
         function.restype = ctypes.c_char_p
         return str(function().decode())
 
-    def _function(self, name: str, *types: Any) -> Any:
+    def _function(self, name: str, *types: Any, result: Any = None) -> Any:
         function = getattr(self._loaded, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = types, result
         return function
+
+    @contextmanager
+    def one_blas_thread(self) -> Iterator[None]:
+        """Inside, NumPy's BLAS computes in the thread that asks, for every thread of the process."""
+        self._enter_blas()
+        try:
+            yield
+        finally:
+            self._leave_blas()
 
     @lru_cache(maxsize=KEPT)  # noqa: B019 - there is one library
     def kernel(self, name: str, dtype: np.dtype[Any]) -> Any:
@@ -103,9 +118,13 @@ class Job(partial[None]):
 
 
 def available() -> list[str]:
-    """The instruction sets that this machine has and a library was built for, the best last; RuntimeError if none."""
-    order = ["base", *host.INSTRUCTION_SETS]
-    return [name for name in order[: order.index(Library("base").best) + 1] if _path(name).exists()]
+    """The instruction sets that this machine has and a library was built for, the best last."""
+    return [name for name in _of_this_machine() if _path(name).exists()]
+
+
+def _of_this_machine() -> list[str]:
+    umath = sys.modules.get("numpy._core._multiarray_umath") or sys.modules["numpy.core._multiarray_umath"]
+    return host.instruction_sets(name for name, has in umath.__cpu_features__.items() if has)
 
 
 def _word(w: "int | Array | NativeStepTable | None") -> int:
@@ -119,7 +138,7 @@ def library() -> Library:
     """The library for this machine; RuntimeError or OSError saying why there is none."""
     if os.environ.get("GPUBACKPROP_NATIVE") == "0":
         raise RuntimeError("GPUBACKPROP_NATIVE is 0")
-    return Library(available()[-1])
+    return Library((available() or _of_this_machine())[-1])
 
 
 def why_not_native() -> str | None:
@@ -133,39 +152,6 @@ def why_not_native() -> str | None:
 
 def _path(instructions: str) -> Path:
     return Path(__file__).with_name(f"_native_{instructions}{importlib.machinery.EXTENSION_SUFFIXES[0]}")
-
-
-def cores() -> int:
-    """How many this process may use: GPUBACKPROP_THREADS, up to four times the machine's, or what the system says."""
-    found = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    if not (wish := os.environ.get("GPUBACKPROP_THREADS", "").strip()):
-        return found
-    most, number = 4 * (os.cpu_count() or 1), wish.isdecimal()
-    if number and len(wish) < 10 and int(wish) <= most:
-        return max(1, int(wish))
-    used = most if number else found
-    expected = f"an integer from 1 to {most}, four times the number of cores"
-    message = f"GPUBACKPROP_THREADS is {cut(repr(wish), 40)}, expected {expected}; {used} threads are used"
-    warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return used
-
-
-# ---- NumPy's BLAS ----------------------------------------------------------------------------------------------------
-
-PRODUCTS = ("scipy_cblas_{}gemm64_", "cblas_{}gemm64_", "cblas_{}gemm$NEWLAPACK$ILP64")  # with 64-bit integers
-
-
-@cache
-def blas_product(dtype: np.dtype[Any]) -> int | None:
-    """The address of the product of matrices that NumPy itself calls; None where its BLAS is not known by name."""
-    letters = {"float32": "s", "float64": "d"}
-    if dtype.name not in letters:
-        return None
-    loaded = ctypes.CDLL(np.linalg._umath_linalg.__file__)  # the libraries that it needs are searched too
-    for symbol in PRODUCTS:
-        with suppress(AttributeError):
-            return ctypes.cast(getattr(loaded, symbol.format(letters[dtype.name])), ctypes.c_void_p).value
-    return None
 
 
 # ---- the step table ------------------------------------------------------------------------------------------------
@@ -303,13 +289,39 @@ class NativeBackend(NumpyBackend):
         transposed = _transposed(left), _transposed(right)
         one_type = left.dtype == right.dtype == out.dtype and out.flags.c_contiguous
         apart = not (np.may_share_memory(out, left) or np.may_share_memory(out, right))
-        better_by_gemv = 1 in (m, n) and m * k * n > LARGE_VECTOR
-        blas = blas_product(out.dtype) if one_type and apart and None not in transposed and not better_by_gemv else None
-        if blas is None or 0 in (*left.shape, n):
-            return super()._gemm(left, right, out, accumulate)
+        vector = 1 in (m, n) and m * k * n > LARGE_VECTOR and out.ndim == 2
+        name = "gemv" if vector else "gemm"
+        routine = blas().routine(name, out.dtype) if one_type and apart and None not in transposed else None
+        if routine is None or 0 in (*left.shape, n):
+            calls = super()._gemm(left, right, out, accumulate)
+            return [partial(self._alone, call) for call in calls]
+        kernel = self.library.kernel(name, out.dtype)
+        if vector:  # out = op(matrix) · x, and of a row the transpose of that
+            matrix, x, turned = (left, right, transposed[0]) if n == 1 else (right, left, not transposed[1])
+            return [Job.of(kernel, routine, out, matrix, x, turned, m * n, k, accumulate, blocks(m * n, 1, k)[0])]
         strides = (a.strides[0] // a.itemsize if a.ndim == 3 else 0 for a in (left, right))
-        job = blas, out, left, right, *transposed, *strides, math.prod(out.shape[:-2]), m, n, k, accumulate
-        return [Job.of(self.library.kernel("gemm", out.dtype), *job)]
+        size = blocks(m, n, k) if blas().threads else (m, n)
+        job = (
+            routine,
+            out,
+            left,
+            right,
+            *transposed,
+            *strides,
+            math.prod(out.shape[:-2]),
+            m,
+            n,
+            k,
+            accumulate,
+            *size,
+            blas().tile,
+        )
+        return [Job.of(kernel, *job)]
+
+    def _alone(self, call: Call) -> None:
+        """A call of NumPy, whose products are computed by this thread alone."""
+        with self.library.one_blas_thread():
+            call()
 
     # ---- the training step
 
