@@ -174,6 +174,14 @@ for _ in range(30):
 done.set()
 thread.join()
 assert get() == before
+from gpubackprop.backends.threads import one_blas_thread
+with one_blas_thread():
+    pid = os.fork()
+    assert get() == 1 and np.isfinite(gb.mlp([300, 300]).initialize(0).predict(x)).all() and get() == 1
+assert get() == before
+if not pid:
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

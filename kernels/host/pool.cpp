@@ -18,6 +18,7 @@ namespace {
 
 std::atomic<int> threads{1};        // that share work
 thread_local int threads_here = 0;  // the same for the work of this thread, if not 0
+thread_local int keeps_here = 0;    // times that this thread keeps BLAS to one
 
 // ---- time -----------------------------------------------------------------------------------------------------------
 
@@ -187,14 +188,18 @@ struct Blas {
     // Threads that it has when nobody keeps it to one.
     int count() const { return users.load() > 0 ? former.load() : get(); }
 
-    void enter(bool product) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        products += product;
+    void take() {
         if (users.load() == 0) {
             former.store(get());
             if (former.load() != 1) set(1);
         }
         users.fetch_add(1);
+    }
+
+    void enter(bool product) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        products += product;
+        take();
     }
 
     void leave(bool product) {
@@ -252,6 +257,8 @@ void in_child() {
     pool = new Pool;
     if (blas.users.load() > 0 && blas.former.load() != 1) blas.set(blas.former.load());
     blas.users.store(0);
+    for (int i = 0; i < keeps_here; ++i) blas.take();
+    blas.products = 0;
     blas.mutex.unlock();
 }
 
@@ -289,10 +296,14 @@ EXPORT void gpubackprop_use_blas(int (*get)(), void (*set)(int)) {
 
 // From now on, until as many calls of the second, BLAS computes in the thread that asks.
 EXPORT void gpubackprop_enter_blas() {
-    if (gpubackprop::blas.set != nullptr) gpubackprop::blas.enter(false);
+    if (gpubackprop::blas.set == nullptr) return;
+    ++gpubackprop::keeps_here;
+    gpubackprop::blas.enter(false);
 }
 EXPORT void gpubackprop_leave_blas() {
-    if (gpubackprop::blas.set != nullptr) gpubackprop::blas.leave(false);
+    if (gpubackprop::blas.set == nullptr) return;
+    --gpubackprop::keeps_here;
+    gpubackprop::blas.leave(false);
 }
 
 // Kernels and their jobs, in turn: (kernel, job) pairs.
