@@ -295,28 +295,14 @@ class NativeBackend(NumpyBackend):
         if routine is None or 0 in (*left.shape, n):
             calls = super()._gemm(left, right, out, accumulate)
             return [partial(self._alone, call) for call in calls]
-        kernel = self.library.kernel(name, out.dtype)
+        kernel, shared = self.library.kernel(name, out.dtype), blas().threads is not None
+        height, width = blocks(m, n, k) if shared else (m, n)
         if vector:  # out = op(matrix) · x, and of a row the transpose of that
             matrix, x, turned = (left, right, transposed[0]) if n == 1 else (right, left, not transposed[1])
-            return [Job.of(kernel, routine, out, matrix, x, turned, m * n, k, accumulate, blocks(m * n, 1, k)[0])]
+            return [Job.of(kernel, routine, out, matrix, x, turned, m * n, k, accumulate, max(height, width))]
         strides = (a.strides[0] // a.itemsize if a.ndim == 3 else 0 for a in (left, right))
-        size = blocks(m, n, k) if blas().threads else (m, n)
-        job = (
-            routine,
-            out,
-            left,
-            right,
-            *transposed,
-            *strides,
-            math.prod(out.shape[:-2]),
-            m,
-            n,
-            k,
-            accumulate,
-            *size,
-            blas().tile,
-        )
-        return [Job.of(kernel, *job)]
+        extents = math.prod(out.shape[:-2]), m, n, k, accumulate, height, width, blas().tile if shared else 0
+        return [Job.of(kernel, routine, out, left, right, *transposed, *strides, *extents)]
 
     def _alone(self, call: Call) -> None:
         """A call of NumPy, whose products are computed by this thread alone."""
