@@ -580,7 +580,7 @@ def run_tests(files, part):
     return Counter(re.findall(r"^PASSED \S*?(test_\w+\.py)::", output, re.MULTILINE))
 
 
-@pytest.mark.parametrize("part", ["quarter", pytest.param("rest", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("part", ["eighth", pytest.param("rest", marks=pytest.mark.matrix)])
 def test_kernels_under_sanitizers(part):
     """The files of tests/kernels in four processes, two at a time: each takes two seconds to start."""
     files = sorted((HERE / "kernels").glob("test_*.py"), key=lambda p: -p.stat().st_size)
@@ -588,4 +588,4 @@ def test_kernels_under_sanitizers(part):
         passed = sum(pool.map(lambda i: run_tests(files[i::4], part), range(4)), Counter())
     assert {*passed} == {p.name for p in files}
     elementwise = sum(isinstance(k, codegen.Kernel) for row in codegen.names() for k in codegen.kernels(row))
-    assert passed["test_elementwise.py"] >= 0.2 * len(codegen.ITEMSIZE) * elementwise
+    assert passed["test_elementwise.py"] >= 0.08 * len(codegen.ITEMSIZE) * elementwise
