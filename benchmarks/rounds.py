@@ -22,6 +22,14 @@ from .peers.processes import last_words
 
 __all__ = ["Contender", "Figures", "contenders", "disagreement", "measure"]
 
+# until this process is gone, however it went
+BUSY = """
+import os
+parent = os.getppid()
+print(flush=True)
+while os.getppid() == parent:
+    for _ in range(10**6): pass
+"""
 PAUSE = 0.05  # seconds that a process's threads get to go to sleep before the next one is timed
 
 
@@ -145,7 +153,7 @@ class _Process:
 @contextmanager
 def busy(processes: int) -> Iterator[None]:
     """Inside, so many processes do nothing but run, each in a session of its own: some systems share cores by group."""
-    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    command = [sys.executable, "-c", BUSY]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) for _ in range(processes)]
     try:
         for process in started:
