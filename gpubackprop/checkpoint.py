@@ -18,6 +18,7 @@ from gpubackprop.files import KINDS, Damaged, Safetensors, check_writable, write
 from gpubackprop.formulas import ACTIVATIONS, Activation, checked_activation, cut, walk
 from gpubackprop.layers import Concatenate, Dense, Scaler, Sequential
 from gpubackprop.model import CLASSES, Layer, as_dtype, check_model
+from gpubackprop.predictor import of_the_library
 
 __all__ = ["check_suffix", "check_writable", "encode_model", "load_model", "read_metadata", "save_model", "write_file"]
 
@@ -158,7 +159,7 @@ def _written_names(model: Layer, key: str) -> list[Any] | None:
 def _not_finite(model: Layer, state: Mapping[str, Any]) -> str | None:
     """The first parameter that should be finite and is not; a user's layer may hold infinities that are not trained."""
     for path, layer in model.named_layers():
-        ours = type(layer).__module__.startswith("gpubackprop.")
+        ours = of_the_library(type(layer))
         for key, p in layer._own_parameters().items():
             name = f"{path}.{key}" if path else key
             if name not in state:

@@ -22,7 +22,7 @@ from gpubackprop.formulas import cut
 from gpubackprop.names import hint, of_pytorch, refuse_keywords
 from gpubackprop.observe import observer
 from gpubackprop.plan import recording, within
-from gpubackprop.predictor import Predictor
+from gpubackprop.predictor import Predictor, of_the_library
 from gpubackprop.tensor import FLOATS, Tensor
 
 __all__ = ["CLASSES", "Layer", "Mode", "check_model", "current_mode", "mode", "seed_or_fresh", "training"]
@@ -102,7 +102,7 @@ class Layer:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        builtin = cls.__module__.startswith("gpubackprop.")
+        builtin = of_the_library(cls)
         CLASSES[cls.__name__ if builtin else f"{cls.__module__}:{cls.__qualname__}"] = cls
         _, *given = signature(cls.__init__).parameters.values()
         cls.__signature__ = Signature(given)  # type: ignore[attr-defined]  # for help(), which would show that of __new__

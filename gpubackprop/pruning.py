@@ -20,6 +20,7 @@ from gpubackprop.fused import activation_row
 from gpubackprop.layers import Activation, Concatenate, Dense, Dropout, InputNoise, Residual, Sequential, edges
 from gpubackprop.model import Layer, Mode, check_model, mode, training
 from gpubackprop.plan import Plan, empty
+from gpubackprop.predictor import of_the_library
 from gpubackprop.scaling import showing
 from gpubackprop.tensor import Tensor
 
@@ -165,7 +166,7 @@ def _smallest(groups: list[Array], sparsity: float) -> Bools:
 
 def _check_held(model: Layer, sites: Sites) -> None:
     """Raise if a layer of the user's writes into the gradient of a pruned weight after its mask: it would grow back."""
-    if all(type(layer).__module__.startswith("gpubackprop.") for _, layer in model.named_layers()):
+    if all(of_the_library(type(layer)) for _, layer in model.named_layers()):
         return
     if model.inputs is None:
         raise ValueError("prune: the model does not say how many columns it takes; give its class an `inputs`")

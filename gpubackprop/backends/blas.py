@@ -7,7 +7,7 @@ of its calls is kept to the thread that makes it, and the native library's threa
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -41,18 +41,18 @@ class Blas:
             return None
         return self._address(*(form.format(LETTERS[dtype.name] + name) for form in PRODUCTS))
 
-    @property
+    @cached_property
     def threads(self) -> tuple[int, int] | None:
         """The functions that get and set the number of its threads."""
         get, set_ = (self._address(*(form.format(verb) for form in THREADS)) for verb in ("get", "set"))
         return None if get is None or set_ is None else (get, set_)
 
-    @property
+    @cached_property
     def tile(self) -> int:
         """Rows in whose multiples a product may be cut without other bits; 0 where none are known."""
         return ROWS if self.name.endswith(TILED) else 0
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Its own name for itself, "" if it has none that is known here."""
         for symbol in CONFIG:

@@ -49,7 +49,7 @@ class Library:
         if not (path := _path(instructions)).exists():
             raise RuntimeError(f"{path.name} was not built; {REBUILD}")
         self._loaded = ctypes.CDLL(str(path))
-        if self._text("gpubackprop_digest") != host.digest():
+        if self._function("gpubackprop_digest", result=ctypes.c_char_p)().decode() != host.digest():
             raise RuntimeError(f"{path.name} was made of other sources; {REBUILD}")
         self._run = self._function("gpubackprop_run", ctypes.c_void_p, ctypes.c_longlong)
         self.set_threads = self._function("gpubackprop_set_threads", ctypes.c_int)
@@ -60,11 +60,6 @@ class Library:
         self.set_threads(default_threads())
         if (functions := blas().threads) is not None:
             self._function("gpubackprop_use_blas", ctypes.c_void_p, ctypes.c_void_p)(*functions)
-
-    def _text(self, name: str) -> str:
-        function = getattr(self._loaded, name)
-        function.restype = ctypes.c_char_p
-        return str(function().decode())
 
     def _function(self, name: str, *types: Any, result: Any = None) -> Any:
         function = getattr(self._loaded, name)

@@ -6,9 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpubackprop.checks import whole
 from gpubackprop.formulas import cut
+
+if TYPE_CHECKING:
+    from gpubackprop.backends.native import Library
 
 __all__ = [
     "available_cores", "default_threads", "get_threads", "most_threads", "one_blas_thread", "set_threads", "threads",
@@ -22,43 +26,42 @@ def get_threads() -> int:
     GPUBACKPROP_THREADS or OMP_NUM_THREADS say. Where threadpoolctl has lowered the number of NumPy's BLAS, no more
     than that.
     """
-    from gpubackprop.backends.native import library, why_not_native
-
-    return 1 if why_not_native() else library().get_threads()
+    return 1 if (own := _library()) is None else own.get_threads()
 
 
 def set_threads(number: int) -> None:
     """From now on so many threads share work on the CPU, in the whole process; results are the same bits."""
-    from gpubackprop.backends.native import library, why_not_native
-
     number = _number("set_threads", number)
-    if why_not_native() is None:
-        library().set_threads(number)
+    if (own := _library()) is not None:
+        own.set_threads(number)
 
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
     """Inside, so many threads share the work of this one; other threads of Python keep theirs."""
-    from gpubackprop.backends.native import library, why_not_native
-
     number = _number("threads", number)
-    if why_not_native():
+    if (own := _library()) is None:
         yield
         return
-    former = library().set_threads_here(number)
+    former = own.set_threads_here(number)
     try:
         yield
     finally:
-        library().set_threads_here(former)
+        own.set_threads_here(former)
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Inside, NumPy's products are computed by the thread that asks: the same bits however many BLAS has."""
+    with nullcontext() if (own := _library()) is None else own.one_blas_thread():
+        yield
+
+
+def _library() -> "Library | None":
+    """The native library, if it is in use."""
     from gpubackprop.backends.native import library, why_not_native
 
-    with nullcontext() if why_not_native() else library().one_blas_thread():
-        yield
+    return None if why_not_native() else library()
 
 
 def _number(where: str, number: int) -> int:
